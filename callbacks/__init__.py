@@ -1,0 +1,23 @@
+"""Lightning callbacks, one a file; installed as ``lightning_mmgen.callbacks``."""
+
+from .clip_score import CLIPScoreEvaluation
+from .ema import EMA, evaluation
+from .following import FollowingEvaluation
+from .held_out import HeldOut, held_out, sample
+from .picture_grid import PictureGrid, grid
+from .random_state import RandomState
+from .run_card import RunCard
+
+__all__ = [
+    "EMA",
+    "CLIPScoreEvaluation",
+    "FollowingEvaluation",
+    "HeldOut",
+    "PictureGrid",
+    "RandomState",
+    "RunCard",
+    "evaluation",
+    "grid",
+    "held_out",
+    "sample",
+]

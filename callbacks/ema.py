@@ -1,0 +1,79 @@
+"""Exponential moving average of what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+
+class EMA(Callback):
+    """Keeps an average of the trained weights in float32; evaluation, pictures and export use it, training does not.
+
+    Frozen weights are not copied. The average is part of the checkpoint.
+
+    Args:
+        decay: of one optimizer step; it starts lower, as (1 + n) / (10 + n) after n steps.
+    """
+
+    def __init__(self, decay: float = 0.9999) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"EMA decay must lie between 0 and 1, not {decay}")
+        self.decay, self.updates, self.step = decay, 0, 0
+        self.mean: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = pl_module.trainable()  # type: ignore[operator]
+        self.mean = {n: self.mean.get(n, p.detach()).to(p.device, torch.float32, copy=True) for n, p in weights.items()}
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            return  # gradients are still accumulating
+        self.step, self.updates = trainer.global_step, self.updates + 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        weights = [p.detach().float() for p in pl_module.trainable().values()]  # type: ignore[operator]
+        torch._foreach_lerp_(list(self.mean.values()), weights, 1 - decay)
+
+    @contextmanager
+    def swapped(self, pl_module: LightningModule) -> Iterator[None]:
+        """The module holds the averaged weights within this block."""
+        weights = pl_module.trainable()  # type: ignore[operator]
+        kept = {n: p.detach().clone() for n, p in weights.items()}
+        with torch.no_grad():
+            for n, p in weights.items():
+                p.copy_(self.mean[n])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for n, p in weights.items():
+                    p.copy_(kept[n])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "mean": self.mean}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.updates, self.mean = state_dict["updates"], state_dict["mean"]
+
+
+@contextmanager
+def evaluation(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """Evaluate without a trace: averaged weights if an :class:`EMA` is on, evaluation mode, no gradients, and the generators of
+    the process left as they were."""
+    ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.mean), None)  # type: ignore[attr-defined]
+    training = {m: m.training for m in pl_module.modules()}
+    with torch.random.fork_rng(), torch.no_grad():
+        pl_module.eval()
+        if ema is None:
+            yield
+        else:
+            with ema.swapped(pl_module):
+                yield
+    for module, mode in training.items():
+        module.training = mode

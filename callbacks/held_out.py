@@ -1,0 +1,53 @@
+"""Pictures of the held-out instructions, drawn once a step and shared by the callbacks that look at them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_mmgen.data.datamodule import sample_seed
+from lightning_mmgen.pipeline import MultimodalPipeline
+from lightning_mmgen.prompt import Record
+
+from .ema import evaluation
+
+
+class HeldOut(NamedTuple):
+    """Held-out records and the pictures [n, 3, H, W] in [-1, 1] that the model draws for them."""
+
+    records: list[Record]
+    pictures: Tensor
+
+
+_drawn: WeakKeyDictionary[Trainer, tuple[int, HeldOut]] = WeakKeyDictionary()
+
+
+def held_out(trainer: Trainer, pl_module: LightningModule, count: int, batch_size: int = 32) -> HeldOut:
+    """Draw the first ``count`` held-out records with the averaged weights if there are any; the noise of each is fixed.
+
+    Pictures of the same step are not drawn twice.
+    """
+    step, kept = _drawn.get(trainer, (-1, None))
+    if kept is None or step != trainer.global_step or len(kept.records) < count:
+        records = trainer.datamodule.held_out_records(count)  # type: ignore[attr-defined]
+        with evaluation(trainer, pl_module):
+            kept = HeldOut(records, sample(MultimodalPipeline.of(pl_module), records, pl_module.sampler, batch_size))  # type: ignore[arg-type]
+        _drawn[trainer] = (trainer.global_step, kept)
+    return HeldOut(kept.records[:count], kept.pictures[:count])
+
+
+def sample(pipeline: MultimodalPipeline, records: list[Record], sampler, batch_size: int = 32, seed: int = 0) -> Tensor:  # type: ignore[no-untyped-def]
+    """Pictures [n, 3, H, W] for records, in batches; the noise of record i follows from (seed, i)."""
+    pipeline.set_progress_bar_config(disable=True)
+    out = []
+    for at in range(0, len(records), batch_size):
+        chunk = records[at : at + batch_size]
+        noise = [torch.Generator().manual_seed(sample_seed(seed, 0, at + i)) for i in range(len(chunk))]
+        drawn = pipeline([r.prompt() for r in chunk], sampler.steps, sampler.guidance_scale, generator=noise, output_type="pt").images
+        assert isinstance(drawn, Tensor)
+        out.append(drawn.cpu())
+    return torch.cat(out)

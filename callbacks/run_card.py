@@ -1,0 +1,85 @@
+"""What reproduces a run, in its folder; the parameter table on the screen and on the dashboard; where things are, at the end."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from .following import FollowingEvaluation
+from .picture_grid import PictureGrid
+
+PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "omegaconf", "jsonargparse")
+
+
+class RunCard(Callback):
+    """Writes ``run.json`` (command, versions, git revision, data fingerprint, seed) and the parameter table; the ``lightning`` command
+    adds it to every fit, and the resolved configuration as ``config.yaml`` beside it.
+
+    Args:
+        config: the resolved configuration, as YAML.
+        seed: of the run.
+    """
+
+    def __init__(self, config: str = "", seed: int | None = None) -> None:
+        self.config, self.seed = config, seed
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        table = pl_module.table  # type: ignore[union-attr]
+        print(f"\n{table}\n", flush=True)
+        if trainer.log_dir is None:
+            return
+        folder = Path(trainer.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(self.config)
+        (folder / "parameters.txt").write_text(f"{table}\n")
+        (folder / "run.json").write_text(json.dumps(self.facts(trainer), indent=2) + "\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("parameters", table.markdown(), trainer.global_step)  # type: ignore[union-attr, operator]
+                logger.experiment.add_text("config", "    " + self.config.replace("\n", "\n    "), trainer.global_step)
+
+    def facts(self, trainer: Trainer) -> dict[str, Any]:
+        """Plain values that name the code, the data and the command."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        return {
+            "command": sys.argv,
+            "seed": self.seed,
+            "python": sys.version.split()[0],
+            "packages": {name: version(name) for name in PACKAGES},
+            "revision": revision(),
+            "data": data.train.fingerprint() if hasattr(data, "train") and hasattr(data.train, "fingerprint") else None,
+        }
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        lines = []
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, FollowingEvaluation) and callback.after:
+                lines.append(callback.table())
+            if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
+                lines.append(f"checkpoint  {callback.last_model_path}")
+            if isinstance(callback, PictureGrid) and callback.path:
+                lines.append(f"pictures    {callback.path}")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            lines.append(f"dashboard   tensorboard --logdir {trainer.logger.save_dir}")
+        print("\n" + "\n".join(lines), flush=True)
+
+
+def revision() -> str | None:
+    """The git revision of the working directory, with ``+changes`` where files differ from it; None outside of git."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head + ("+changes" if changed else "")

@@ -1,0 +1,84 @@
+"""What travels between the rooms: a batch, packed reference pictures, and the condition that an encoder makes of a prompt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class PackedImages(NamedTuple):
+    """References of one size, packed: no sample is padded to the most references per sample.
+
+    Attributes:
+        pixels: [n, 3, h, w] in [-1, 1].
+        sample: [n], which sample of the batch each belongs to.
+        slot: [n], which reference of that sample (index, not marker).
+    """
+
+    pixels: Tensor
+    sample: Tensor
+    slot: Tensor
+
+
+class Batch(NamedTuple):
+    """Samples of equal target size.
+
+    Attributes:
+        instructions: b texts with ``[ref#k]`` markers.
+        markers: for each text, the markers of its references in the order of their slots.
+        references: one group a picture size.
+        target: [b, 3, h, w] in [-1, 1].
+        captions: b plain captions ("" where none), for CLIP scores.
+        ids: b names of the rows.
+        seed: [b] int64, from which all noise of a sample is drawn.
+    """
+
+    instructions: list[str]
+    markers: list[list[int]]
+    references: list[PackedImages]
+    target: Tensor
+    captions: list[str]
+    ids: list[str]
+    seed: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of samples b."""
+        return len(self.instructions)
+
+
+class Span(NamedTuple):
+    """The rows ``start <= i < end`` of a token sequence that hold one reference's picture."""
+
+    start: int
+    end: int
+
+
+class Condition(NamedTuple):
+    """What the UNet attends to.
+
+    Attributes:
+        tokens: [b, n, d].
+        mask: [b, n], True where a token is real.
+        spans: for each sample, the span of each reference (by slot; of its first marker).
+        pooled: [b, p], SDXL's pooled vector, after the adapter.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    spans: list[list[Span]]
+    pooled: Tensor | None = None
+
+
+def pack(pictures: list[list[Tensor]]) -> list[PackedImages]:
+    """Pack each sample's pictures ([3, h, w], any sizes) into one group a size, in order of first appearance."""
+    groups: dict[tuple[int, ...], list[tuple[Tensor, int, int]]] = {}
+    for sample, images in enumerate(pictures):
+        for slot, image in enumerate(images):
+            groups.setdefault(tuple(image.shape), []).append((image, sample, slot))
+    return [
+        PackedImages(torch.stack([g[0] for g in group]), torch.tensor([g[1] for g in group]), torch.tensor([g[2] for g in group]))
+        for group in groups.values()
+    ]

@@ -1,0 +1,118 @@
+"""The ``lightning`` command: an experiment's YAML, made into model, data and trainer by LightningCLI."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+import lightning_mmgen.callbacks as callbacks
+
+from .checkpoint import AtomicCheckpointIO
+from .data.datamodule import MultimodalDataModule
+from .data.sources import DatasetSource, JSONLSource, ToyboxSource
+from .models.idefics2 import Idefics2Encoder
+from .module import MultimodalDiffusion
+
+SHORT_NAMES = (Idefics2Encoder, JSONLSource, DatasetSource, ToyboxSource, MultimodalDataModule, MultimodalDiffusion)  # imported: class_path may be the bare name
+ALLOWED = ["lightning_mmgen", "lightning", "torch"]  # what a YAML may import, beside the working directory's own modules
+
+
+class CLI(LightningCLI):
+    """LightningCLI with this framework's defaults: its module and data module unless a ``class_path`` names others, checkpoints that
+    survive a kill, a run folder that reproduces the run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"model": {"class_path": _path(MultimodalDiffusion)}, "data": {"class_path": _path(MultimodalDataModule)}})
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.get("ckpt_path") == "last" and (logger := config.trainer.get("logger")):
+            settings = logger.init_args
+            if folder := last_run(Path(settings.save_dir), settings.get("name") or ""):
+                settings.version = folder.name  # the run goes on in its own folder
+                config.ckpt_path = str(folder / "checkpoints" / "last.ckpt")
+            else:
+                print(f"--ckpt_path last: no checkpoint under {settings.save_dir}/{settings.get('name') or ''}; starting anew", file=sys.stderr)
+                config.ckpt_path = None
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        trainer.use_distributed_sampler = False  # type: ignore[attr-defined]
+        text = self._parser(self.subcommand).dump(config, skip_none=False) if self.subcommand else ""
+        own = [callbacks.RandomState(), callbacks.RunCard(text, config.get("seed_everything"))]
+        if trainer.loggers:
+            own.append(LearningRateMonitor("step"))
+        if not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks) and trainer.fast_dev_run:  # type: ignore[attr-defined]
+            own = own[:2]
+        trainer.callbacks = trainer._callback_connector._reorder_callbacks(trainer.callbacks + own)  # type: ignore[attr-defined]
+        return trainer
+
+
+def last_run(save_dir: Path, name: str) -> Path | None:
+    """The newest ``version_k`` folder with a checkpoint in it."""
+    found = [p.parent.parent for p in (save_dir / name).glob("version_*/checkpoints/last.ckpt")]
+    return max(found, key=lambda p: int(p.name.removeprefix("version_")), default=None)
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__name__}"
+
+
+def own_modules(folder: Path) -> list[str]:
+    """Names of the modules and packages of a folder: a user's own classes."""
+    return sorted({p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")})
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error without the usage text and the nesting that parsers wrap around it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
+    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
+    telling = [x for x in lines if re.search(r"not accepted|not found|Unable to import|not allowed|does not exist|required|expected|invalid", x, re.I)]
+    return (telling[-1] if len(lines) > 3 and telling else " ".join(lines))[:400]
+
+
+def main(args: ArgsType = None) -> LightningCLI:
+    """Run ``lightning <fit|validate|test|predict> -c experiment.yaml`` with ``args`` or the command line's.
+
+    A YAML can import this package, Lightning, torch and the modules of the working directory; more by ``MMGEN_ALLOW=name,name``.
+    """
+    here = Path.cwd()
+    if str(here) not in sys.path:
+        sys.path.insert(0, str(here))
+    allowed = ALLOWED + own_modules(here) + [m for m in os.environ.get("MMGEN_ALLOW", "").split(",") if m]
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["*"], import_path_allowlist=allowed)
+    mode = {"parser_mode": "omegaconf+", "exit_on_error": False}
+    return CLI(
+        args=args,
+        save_config_callback=None,
+        seed_everything_default=True,
+        parser_kwargs={**mode, **{name: dict(mode) for name in LightningCLI.subcommands()}},
+        trainer_defaults={"plugins": [AtomicCheckpointIO()]},
+    )
+
+
+def run() -> int:
+    """The command line: an error that a user can mend is one line, and the exit status 1."""
+    import argparse
+
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        main()
+    except KeyboardInterrupt:
+        return 130
+    except (argparse.ArgumentError, OmegaConfBaseException, ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
+        if os.environ.get("MMGEN_TRACEBACK"):
+            raise
+        print(f"error: {one_line(error)}  (MMGEN_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    return 0

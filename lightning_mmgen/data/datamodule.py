@@ -1,0 +1,269 @@
+"""The data path: source -> recipe -> sample -> batch, in an order that is a pure function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..batch import Batch, pack
+from ..prompt import Record, RecordError
+from .images import pixels
+from .sources import Source, open_source
+
+
+class Sample(NamedTuple):
+    """One record, ready: pictures are [3, h, w] in [-1, 1]; ``seed`` is what its noise is drawn from."""
+
+    record: Record
+    references: list[Tensor]
+    target: Tensor
+    seed: int
+
+
+class BadRow(NamedTuple):
+    """A row that could not be used, and why; it leaves its place in the batch empty."""
+
+    index: int
+    reason: str
+
+
+class Position(NamedTuple):
+    """A place in the global order: which row of which epoch."""
+
+    index: int
+    epoch: int
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """A 63-bit seed for one sample of one epoch."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+class Recipe:
+    """Turns a record into a sample: opens its pictures, pads references to squares of ``reference_size``, fits the target.
+
+    Args:
+        reference_size: side in pixels of every reference, resized up or down (MUMU, section 4).
+        target_size: side in pixels of the target; its centre is cropped to a square.
+    """
+
+    def __init__(self, reference_size: int, target_size: int) -> None:
+        self.reference_size, self.target_size = reference_size, target_size
+
+    def __call__(self, record: Record, root: Path | None, seed: int) -> Sample:
+        """Raises: RecordError: a picture cannot be read, or there is no target."""
+        if record.target is None:
+            raise RecordError("target is missing")
+        references = [pixels(r.image, self.reference_size, root) for r in record.references]
+        return Sample(record, references, crop_square(pixels(record.target, None, root), self.target_size), seed)
+
+
+def crop_square(picture: Tensor, side: int) -> Tensor:
+    """The centre of a picture [3, h, w] as [3, side, side], resized with antialiasing."""
+    _, h, w = picture.shape
+    s = min(h, w)
+    centre = picture[:, (h - s) // 2 : (h - s) // 2 + s, (w - s) // 2 : (w - s) // 2 + s]
+    if s == side:
+        return centre.contiguous()
+    return torch.nn.functional.interpolate(centre[None], (side, side), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+
+
+class RecordDataset(Dataset["Sample | BadRow"]):
+    """Samples by :class:`Position`. A bad row comes out as :class:`BadRow`, never as another row."""
+
+    def __init__(self, source: Source, recipe: Recipe, seed: int) -> None:
+        self.source, self.recipe, self.seed = source, recipe, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: Position) -> Sample | BadRow:  # type: ignore[override]
+        try:
+            record = self.source.record(position.index, position.epoch)
+            return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index))
+        except RecordError as error:
+            return BadRow(position.index, str(error))
+
+
+class OrderedSampler(Sampler[list[Position]]):
+    """Batches of one global order, sliced by rank, from any position on.
+
+    The order of an epoch is a permutation drawn from (seed, epoch); ranks take every ``world``-th place, so that the number of
+    ranks may change between runs; the last, incomplete global batch of an epoch is dropped.
+
+    Args:
+        length: rows an epoch.
+        batch_size: of one rank.
+        seed: of the permutations; None keeps the rows in their order (evaluation, nothing dropped).
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        if seed is not None and length < batch_size * world:
+            raise ValueError(f"the data have {length} rows, fewer than one batch of {batch_size * world}")
+        self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
+        self.epoch, self.start = 0, 0  # where to begin; start in samples of the global order
+
+    def __len__(self) -> int:
+        whole = self.length // (self.batch_size * self.world)
+        return whole if self.seed is not None else -(-self.length // (self.batch_size * self.world))
+
+    def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """The rows of an epoch in their global order."""
+        if self.seed is None:
+            return np.arange(self.length)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.length)
+
+    def __iter__(self) -> Iterator[list[Position]]:
+        order, step = self.order(self.epoch), self.batch_size * self.world
+        for at in range(self.start, len(self) * step, step):
+            yield [Position(int(i), self.epoch) for i in order[at : at + step][self.rank :: self.world]]
+
+
+def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]:
+    """Samples to a batch, and the rows that had to be left out; no batch where nothing is left."""
+    bad = [s for s in samples if isinstance(s, BadRow)]
+    good = [s for s in samples if isinstance(s, Sample)]
+    if not good:
+        return None, bad
+    batch = Batch(
+        [s.record.prompt().instruction for s in good],
+        [[r.marker for r in s.record.references] for s in good],
+        pack([s.references for s in good]),
+        torch.stack([s.target for s in good]),
+        [s.record.caption or "" for s in good],
+        [s.record.id for s in good],
+        torch.tensor([s.seed for s in good], dtype=torch.int64),
+    )
+    return batch, bad
+
+
+class MultimodalDataModule(L.LightningDataModule):
+    """Multimodal instructions for training, and a fixed held-out set.
+
+    Args:
+        train: a source, or the path of one.
+        held_out: the same for evaluation; none is allowed.
+        target_size: side of the pictures to generate, in pixels.
+        reference_size: side of the references, in pixels; by default what fills the encoder's token budget.
+        batch_size: of one device.
+        workers: loader processes.
+        seed: of order and noise.
+        bad_rows: share of rows that may be skipped before training stops.
+        check: check every row's text and files before training, up to this many rows.
+    """
+
+    def __init__(
+        self,
+        train: Source | str,
+        held_out: Source | str | None = None,
+        target_size: int = 1024,
+        reference_size: int | None = None,
+        batch_size: int = 8,
+        workers: int = 0,
+        seed: int = 0,
+        bad_rows: float = 0.01,
+        check: int = 64,
+    ) -> None:
+        super().__init__()
+        self.train = open_source(train) if isinstance(train, str) else train
+        self.held_out = open_source(held_out) if isinstance(held_out, str) else held_out
+        self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
+        self.seed, self.bad_rows, self.check = seed, bad_rows, check
+        self.bad: dict[int, str] = {}
+        self.seen = 0
+        self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
+        self._sampler: OrderedSampler | None = None
+
+    def setup(self, stage: str) -> None:
+        size = self.reference_size or self.trainer.lightning_module.encoder.reference_size  # type: ignore[union-attr]
+        self.recipe = Recipe(size, self.target_size)
+        if stage == "fit":
+            self._first_rows()
+
+    def _first_rows(self) -> None:
+        """Fail before training where the first rows already show that it cannot succeed."""
+        bad = []
+        rows = min(self.check, len(self.train))
+        for i in range(rows):
+            item = RecordDataset(self.train, self.recipe, self.seed)[Position(i, 0)]
+            if isinstance(item, BadRow):
+                bad.append(item)
+        if rows and len(bad) / rows > self.bad_rows and len(bad) > self.bad_rows * len(self.train):
+            raise RecordError(f"{len(bad)} of the first {rows} rows are bad (bad_rows: {self.bad_rows}); {bad[0].reason}")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        self._sampler = OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
+        self._sampler.epoch, self._sampler.start = self._resume
+        return self._loader(self.train, self._sampler)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        if self.held_out is None:
+            return []
+        return self._loader(self.held_out, OrderedSampler(len(self.held_out), self.batch_size, None))
+
+    test_dataloader = val_dataloader
+    predict_dataloader = val_dataloader
+
+    def _loader(self, source: Source, sampler: OrderedSampler) -> DataLoader[Any]:
+        return DataLoader(
+            RecordDataset(source, self.recipe, self.seed),
+            batch_sampler=sampler,
+            num_workers=self.workers,
+            collate_fn=collate,
+            persistent_workers=self.workers > 0,
+        )
+
+    def held_out_records(self, count: int) -> list[Record]:
+        """The first ``count`` held-out records."""
+        if self.held_out is None:
+            return []
+        return [self.held_out.record(i) for i in range(min(count, len(self.held_out)))]
+
+    # -- bad rows, position ---------------------------------------------------------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch | None:
+        good, bad = batch
+        self.seen += (good.size if good is not None else 0) + len(bad)
+        for row in bad:
+            self.bad[row.index] = row.reason
+        if bad:
+            self._report(bad)
+        return good
+
+    def _report(self, bad: list[BadRow]) -> None:
+        if self.trainer and self.trainer.log_dir:
+            folder = Path(self.trainer.log_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"bad_rows.{self.trainer.global_rank}.jsonl").open("a") as file:
+                file.writelines(json.dumps(row._asdict()) + "\n" for row in bad)
+        if len(self.bad) > self.bad_rows * len(self.train):
+            raise RecordError(f"{len(self.bad)} of {len(self.train)} rows are bad, more than bad_rows={self.bad_rows}; last: {bad[-1].reason}")
+
+    def advance(self, batches: int = 1) -> None:
+        """Count ``batches`` global batches of the current epoch as consumed; the module calls this as it takes one."""
+        assert self._sampler is not None
+        epoch, start = self._resume
+        start += batches * self._sampler.batch_size * self._sampler.world
+        if start >= len(self._sampler) * self._sampler.batch_size * self._sampler.world:
+            epoch, start = epoch + 1, 0
+        self._resume = (epoch, start)
+        if start == 0:
+            self._sampler.epoch, self._sampler.start = self._resume
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._resume[0], "consumed": self._resume[1], "seed": self.seed, "bad": dict(self.bad)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["seed"] != self.seed:
+            raise ValueError(f"the checkpoint was made with data seed {state['seed']}, not {self.seed}")
+        self._resume, self.bad = (state["epoch"], state["consumed"]), dict(state["bad"])

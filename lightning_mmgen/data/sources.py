@@ -1,0 +1,167 @@
+"""Where records come from: a JSONL file beside its pictures, a parquet file or data set of ``datasets``, or the toybox."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..prompt import Record, RecordError, from_json
+
+
+class RowError(RecordError):
+    """A bad row, by its place: ``file:row: reason``."""
+
+    def __init__(self, where: str, row: int, reason: str) -> None:
+        super().__init__(f"{where}:{row + 1}: {reason}")
+        self.where, self.row, self.reason = where, row, reason
+
+
+class Source(ABC):
+    """Records by position. ``root`` is the folder that picture paths are relative to, and may not leave."""
+
+    root: Path | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def record(self, index: int, epoch: int = 0) -> Record:
+        """Record ``index``. A source that draws its records may draw others each ``epoch``.
+
+        Raises:
+            RowError: the row cannot be used.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash of what the source holds, for the run folder."""
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self.record(i) for i in range(len(self)))
+
+
+class JSONLSource(Source):
+    """One JSON object a line; picture paths are relative to the file's folder. Lines are read when asked for, by their offsets.
+
+    Args:
+        path: the ``.jsonl`` file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        self.root = self.path.parent
+        lengths, digest = [], hashlib.sha256()
+        with self.path.open("rb") as file:
+            for line in file:
+                lengths.append(len(line))
+                digest.update(line)
+        ends = np.cumsum(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
+        self.offsets = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        self.lengths, self.digest = np.array(lengths, np.int64), digest.hexdigest()
+        if not len(self.offsets):
+            raise ValueError(f"{path}: holds no rows")
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def record(self, index: int, epoch: int = 0) -> Record:
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[index]))
+            line = file.read(int(self.lengths[index]))
+        try:
+            return from_json(json.loads(line))
+        except (RecordError, ValueError) as error:
+            raise RowError(self.path.name, index, _one_line(error)) from error
+
+    def fingerprint(self) -> str:
+        return self.digest
+
+
+class DatasetSource(Source):
+    """A parquet file, or a folder or hub name of the ``datasets`` library, whose columns are a record's fields.
+
+    Args:
+        path: a ``.parquet`` file, a folder of ``save_to_disk``, or a hub name.
+        split: of a hub data set.
+    """
+
+    def __init__(self, path: str, split: str = "train") -> None:
+        import datasets
+
+        self.path, local = path, Path(path)
+        if path.endswith(".parquet"):
+            if not local.is_file():
+                raise FileNotFoundError(f"{path}: no such file")
+            self.rows: Any = datasets.Dataset.from_parquet(path)
+        elif local.is_dir():
+            self.rows = datasets.load_from_disk(path)
+        else:
+            self.rows = datasets.load_dataset(path, split=split)
+        self.root = local.parent if local.is_file() else local if local.is_dir() else None
+        pictures = [n for n, f in self.rows.features.items() if isinstance(f, datasets.Image)]
+        for name in pictures:  # bytes come through; they are decoded where all pictures are
+            self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def record(self, index: int, epoch: int = 0) -> Record:
+        try:
+            return from_json(self.rows[index])
+        except RecordError as error:
+            raise RowError(self.path, index, str(error)) from error
+
+    def fingerprint(self) -> str:
+        return str(self.rows._fingerprint)
+
+
+class ToyboxSource(Source):
+    """Records of the embedded world, drawn anew each epoch; record i of an epoch is a pure function of (seed, epoch, i).
+
+    Args:
+        tasks: weights of the task families (``lightning_mmgen.toybox.tasks.TASKS``).
+        length: records an epoch.
+        seed: of the draws.
+        held_out: draw only combinations of toys that training never sees, and the same ones every epoch.
+    """
+
+    def __init__(self, tasks: dict[str, float], length: int = 16384, seed: int = 0, held_out: bool = False) -> None:
+        from ..toybox.tasks import TASKS
+
+        if unknown := sorted(set(tasks) - set(TASKS)):
+            raise ValueError(f"unknown toybox task {unknown[0]!r}; there are {', '.join(TASKS)}")
+        if min(tasks.values(), default=0) < 0 or not sum(tasks.values()):
+            raise ValueError(f"toybox tasks need weights of 0 or more, not all 0: {tasks}")
+        self.tasks, self.length, self.seed, self.held_out = tasks, length, seed, held_out
+
+    def __len__(self) -> int:
+        return self.length
+
+    def record(self, index: int, epoch: int = 0) -> Record:
+        from ..toybox.tasks import TASKS
+
+        rng = np.random.default_rng((self.seed, 0 if self.held_out else epoch, index, int(self.held_out)))
+        share = np.cumsum(list(self.tasks.values()))
+        task = list(self.tasks)[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]
+        record = TASKS[task](rng, self.held_out)
+        return Record(**{**record.__dict__, "id": f"{task}-{index:05d}"})
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(repr((sorted(self.tasks.items()), self.length, self.seed, self.held_out)).encode()).hexdigest()
+
+
+def open_source(path: str) -> Source:
+    """The source for a path: ``.jsonl``, ``.parquet``, a folder or a name of ``datasets``."""
+    return JSONLSource(path) if path.endswith((".jsonl", ".json")) else DatasetSource(path)
+
+
+def _one_line(error: Exception) -> str:
+    return f"not JSON ({error})" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -1,0 +1,41 @@
+"""Loss terms that an experiment switches on in its YAML: each is a callback."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from ..batch import Batch, Condition
+
+
+class DenoisingStep(NamedTuple):
+    """What one training step knows. Latents are [b, c, h, w], timesteps [b]."""
+
+    batch: Batch
+    condition: Condition
+    z0: Tensor
+    z_t: Tensor
+    timesteps: Tensor
+    noise: Tensor
+    prediction: Tensor
+    z0_hat: Tensor
+
+
+class LossTerm(Callback, ABC):
+    """A callback that adds named terms to the loss; each is logged under ``loss/<name>``.
+
+    A term with nothing to say returns a zero that is connected to the graph (``step.prediction.sum() * 0``).
+
+    Args:
+        weight: factor of every term of this callback.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        self.weight = weight
+
+    @abstractmethod
+    def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
+        """The terms, each a scalar, unweighted."""

@@ -1,0 +1,61 @@
+"""Pixels to latents and back: the only place that knows the VAE's scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from .weights import locate
+
+
+class Codec(nn.Module):
+    """A frozen ``AutoencoderKL`` in float32 (SDXL's VAE overflows in float16), with its scaling and shift.
+
+    Args:
+        vae: the autoencoder.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        config: Any = vae.config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)  # pixels a latent
+        self.channels = int(config.latent_channels)
+        self.scale, self.shift = float(config.scaling_factor), float(config.shift_factor or 0.0)
+
+    def train(self, mode: bool = True) -> Codec:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pixels [b, 3, H, W] in [-1, 1] -> latents [b, c, H/f, W/f]: the posterior's mean, or with ``noise`` a sample of it."""
+        with torch.autocast(pixels.device.type, enabled=False):
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        z = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
+        return (z.float() - self.shift) * self.scale
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [b, c, h, w] -> pixels [b, 3, h*f, w*f], clipped to [-1, 1]."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode((latents.float() / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+
+@dataclass
+class CodecConfig:
+    """Which VAE: hub name or folder of a pipeline, or ``toybox/vae``; ``subfolder`` is none for a folder of its own."""
+
+    pretrained: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    subfolder: str | None = "vae"
+
+    def build(self, weights: bool = True) -> Codec:
+        """Load the VAE in float32, or create it from its configuration on the default device."""
+        place = {"subfolder": self.subfolder} if self.subfolder else {}
+        if weights:
+            return Codec(AutoencoderKL.from_pretrained(locate(self.pretrained), torch_dtype=torch.float32, **place))
+        return Codec(AutoencoderKL.from_config(AutoencoderKL.load_config(locate(self.pretrained), **place)))

@@ -1,0 +1,212 @@
+"""The LightningModule: encoder, adapter and UNet, wired; the step; the optimizer from the parameter table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .batch import Batch, Condition
+from .data.datamodule import MultimodalDataModule
+from .diffusion import ConditionDropout, Diffusion, drop_condition
+from .losses import DenoisingStep, LossTerm, diffusion_loss
+from .models.adapter import AdapterConfig
+from .models.codec import CodecConfig
+from .models.encoder import Encoder
+from .models.parameters import ParameterTable, Row
+from .models.unet import UNetConfig, denoise, pooled_features
+
+PARTS = ("encoder", "adapter", "unet")
+
+
+@dataclass
+class LRSchedule:
+    """Factor on every row's rate, by optimizer step, whatever the number of devices and the accumulation.
+
+    Args:
+        warmup: optimizer steps of linear warm-up.
+        decay: ``constant`` after the warm-up, or ``cosine`` or ``linear`` to ``floor`` at the trainer's ``max_steps``.
+        floor: the factor at the end.
+    """
+
+    warmup: int = 0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    floor: float = 0.0
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """The factor at an optimizer step, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        done = min((step - self.warmup) / max(max_steps - self.warmup, 1), 1.0)
+        left = 1 - done if self.decay == "linear" else 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+        return self.floor + (1 - self.floor) * left
+
+
+@dataclass
+class Sampler:
+    """How pictures are drawn from the model (MUMU, section 3: DDIM, 50 steps, guidance 6).
+
+    Args:
+        steps: DDIM steps.
+        guidance_scale: classifier-free guidance; 1 is none.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 6.0
+
+
+class MultimodalDiffusion(L.LightningModule):
+    """An image generator that follows multimodal instructions.
+
+    Args:
+        encoder: the vision-language model.
+        adapter: size of the transformer between it and the UNet.
+        unet: which diffusion UNet.
+        codec: which VAE.
+        parameters: the parameter table; every parameter falls under exactly one row.
+        diffusion: schedule, prediction type, weights.
+        condition_dropout: how often parts of the prompt are left out in training.
+        schedule: warm-up and decay of all learning rates.
+        sampler: how the callbacks draw pictures.
+        betas: of AdamW.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        adapter: AdapterConfig,
+        unet: UNetConfig,
+        codec: CodecConfig,
+        parameters: list[Row],
+        diffusion: Diffusion = Diffusion(),
+        condition_dropout: ConditionDropout = ConditionDropout(),
+        schedule: LRSchedule = LRSchedule(),
+        sampler: Sampler = Sampler(),
+        betas: tuple[float, float] = (0.9, 0.999),
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.parts = (adapter, unet, codec)
+        self.diffusion, self.condition_dropout, self.schedule, self.sampler, self.betas = diffusion, condition_dropout, schedule, sampler, betas
+        self.table = ParameterTable(parameters)
+        self.strict_loading = False  # checkpoints hold what is trained, and are compared with it by name
+
+    def configure_model(self) -> None:
+        """Build the parts and bring them under the parameter table; Lightning calls this where the weights are to live."""
+        if not hasattr(self, "unet"):
+            self.build()
+
+    def build(self, weights: bool = True) -> None:
+        """Create encoder, UNet, adapter and codec; ``weights=False`` builds from configurations alone (on the meta device, say)."""
+        adapter, unet, codec = self.parts
+        self.encoder.build(weights)
+        self.unet = unet.build(weights)
+        self.adapter = adapter.build(self.encoder.hidden_size, int(self.unet.config.cross_attention_dim), pooled_features(self.unet))
+        self.codec = codec.build(weights)
+        self.table.apply(self, PARTS)
+
+    # -- one step ------------------------------------------------------------------------------------------------------------
+
+    def condition(self, batch: Batch) -> Condition:
+        """Prompts to what the UNet attends to."""
+        return self.adapter(self.encoder(batch.instructions, batch.markers, batch.references))
+
+    def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition, side: tuple[int, int]) -> Tensor:
+        """The UNet's prediction, [b, c, h, w]."""
+        return denoise(self.unet, z_t, timesteps, condition, side)
+
+    def denoising_step(self, batch: Batch) -> DenoisingStep:
+        """Noise the target, drop conditions, predict. All randomness comes from the samples' own seeds."""
+        height, width = batch.target.shape[-2:]
+        draw = SampleNoise(batch.seed, (self.codec.channels, height // self.codec.factor, width // self.codec.factor), self.diffusion)
+        batch = drop_condition(batch, self.condition_dropout, draw.dropout)
+        z0 = self.codec.encode(batch.target, draw.posterior.to(self.device))
+        noise, timesteps = draw.noise.to(self.device), draw.timesteps.to(self.device)
+        z_t = self.diffusion.add_noise(z0, noise, timesteps)
+        condition = self.condition(batch)
+        prediction = self(z_t, timesteps, condition, (height, width))
+        return DenoisingStep(batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps))
+
+    def loss(self, step: DenoisingStep) -> dict[str, Tensor]:
+        """The named terms of the loss, weighted; a subclass adds or replaces its own here."""
+        target = self.diffusion.target(step.z0, step.noise, step.timesteps)
+        terms = {"diffusion": diffusion_loss(step.prediction, target, self.diffusion.weight(step.timesteps))}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LossTerm):
+                terms |= {name: callback.weight * term for name, term in callback.compute(step).items()}
+        return terms
+
+    def on_train_batch_start(self, batch: Batch | None, batch_idx: int) -> None:
+        if isinstance(data := getattr(self.trainer, "datamodule", None), MultimodalDataModule):
+            data.advance()  # before the checkpoint callbacks, which run ahead of this module's on_train_batch_end
+
+    def training_step(self, batch: Batch | None, batch_idx: int) -> Tensor | None:
+        if batch is None:  # every row of it was bad; counted and listed by the data module
+            return None
+        terms = self.loss(self.denoising_step(batch))
+        total = torch.stack(list(terms.values())).sum()
+        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=batch.size)
+        self.log("loss", total.detach(), prog_bar=True, batch_size=batch.size)
+        return total
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        total = torch.stack(list(self.loss(self.denoising_step(batch)).values())).sum()
+        self.log("loss/validation", total, batch_size=batch.size, sync_dist=True)
+        return total
+
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return self.validation_step(batch, batch_idx)
+
+    # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with one group a trained row, and the schedule in optimizer steps."""
+        groups = self.table.groups()
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        steps = self.trainer.max_steps
+        if self.schedule.decay != "constant" and steps < 1:
+            raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: self.schedule.factor(i, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trainable(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = self.trainable()
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in names}
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        saved, here = set(checkpoint["state_dict"]), set(self.trainable())
+        if saved != here:
+            name = sorted(saved ^ here)[0]
+            where = "the checkpoint" if name in saved else "this parameter table"
+            raise ValueError(f"the checkpoint is of another parameter table: {len(saved ^ here)} tensors differ, first {name}, trained only in {where}")
+
+
+class SampleNoise:
+    """All random numbers of a batch, each sample's from a generator of its own: they depend neither on the batch around it nor
+    on the number of devices.
+
+    Args:
+        seeds: [b] int64.
+        shape: of the latents, (c, h, w).
+    """
+
+    def __init__(self, seeds: Tensor, shape: tuple[int, int, int], diffusion: Diffusion) -> None:
+        rows = []
+        for seed in seeds.tolist():
+            g = torch.Generator().manual_seed(seed)
+            t = torch.randint(diffusion.train_timesteps, (), generator=g)
+            noise = torch.randn(shape, generator=g)
+            if diffusion.offset_noise:
+                noise = noise + diffusion.offset_noise * torch.randn(shape[0], 1, 1, generator=g)
+            rows.append((t, noise, torch.randn(shape, generator=g), torch.rand((), generator=g)))
+        self.timesteps, self.noise, self.posterior, self.dropout = (torch.stack(column) for column in zip(*rows, strict=True))

@@ -1,0 +1,222 @@
+"""Records and multimodal prompts: what one row of data says, checked, and read from or written to JSON.
+
+A :class:`Record` is an instruction text with ``[ref#k]`` markers, the references that the markers name, and a target picture.
+Everything that the framework trains on is such a record, whatever the method.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
+
+from PIL.Image import Image
+
+VERSION = 1
+ROLES = ("subject", "style", "content", "source", "depth", "edge", "mask", "sketch", "crop", "neighbour")
+MARKER = re.compile(r"\[ref#(\d+)\]")
+
+Picture = str | bytes | Image
+"""A path (relative to the record file), the bytes of an encoded picture, or a picture in memory."""
+
+
+class RecordError(ValueError):
+    """A record that cannot be used; the message is one line and says why."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One picture of a prompt: its marker's number k, the phrase that it shows, its role, and the picture."""
+
+    marker: int
+    image: Picture
+    phrase: str = ""
+    role: str = "subject"
+
+
+class Box(NamedTuple):
+    """Where the object of a phrase lies in the target: pixels, ``left < right`` and ``top < bottom``."""
+
+    phrase: str
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
+class Segment(NamedTuple):
+    """A piece of a prompt in reading order: text, or a reference where ``reference`` is its index among the references."""
+
+    text: str
+    reference: int | None
+
+
+@dataclass(frozen=True)
+class MultimodalPrompt:
+    """An instruction and its references: what an encoder reads.
+
+    Raises:
+        RecordError: a marker without its reference, a reference without a marker, or a marker given twice.
+    """
+
+    instruction: str
+    references: tuple[Reference, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [r.marker for r in self.references]
+        if len(set(given)) != len(given):
+            raise RecordError(f"references share a marker: {sorted(given)}")
+        named = {int(k) for k in MARKER.findall(self.instruction)}
+        for k in sorted(named - set(given)):
+            raise RecordError(f"marker [ref#{k}] has no reference")
+        for k in sorted(set(given) - named):
+            raise RecordError(f"reference {k} has no marker [ref#{k}] in the instruction")
+
+    def segments(self) -> list[Segment]:
+        """The prompt cut at its markers, empty texts left out; a marker that occurs twice yields its reference twice."""
+        return split(self.instruction, [r.marker for r in self.references])
+
+
+def split(instruction: str, markers: list[int]) -> list[Segment]:
+    """Cut ``instruction`` at its ``[ref#k]`` markers; ``markers[i]`` is the number of reference i."""
+    parts = MARKER.split(instruction)  # text, k, text, k, ..., text
+    out: list[Segment] = []
+    for i, part in enumerate(parts):
+        if i % 2:
+            out.append(Segment("", markers.index(int(part))))
+        elif part:
+            out.append(Segment(part, None))
+    return out
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row of data, format version 1.
+
+    Attributes:
+        instruction: text with ``[ref#k]`` markers; may be empty only in a question (``question`` set).
+        references: the pictures that the markers name.
+        target: the picture to generate; absent for questions.
+        caption: the target in plain words, for CLIP scores.
+        source_caption: the source picture in plain words, for directional similarity.
+        task: name of the task, for mixing and for tables.
+        mask: edit mask of the target, white where it may change.
+        boxes: where phrases lie in the target.
+        session, turn: which multi-turn edit this row belongs to, and its place in it, from 0.
+        question, answer: visual question answering.
+        id: a name for tables and grids.
+    """
+
+    instruction: str = ""
+    references: tuple[Reference, ...] = ()
+    target: Picture | None = None
+    caption: str | None = None
+    source_caption: str | None = None
+    task: str = "instruct"
+    mask: Picture | None = None
+    boxes: tuple[Box, ...] = ()
+    session: str | None = None
+    turn: int | None = None
+    question: str | None = None
+    answer: str | None = None
+    id: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.instruction.strip() and self.question is None:
+            raise RecordError("instruction is empty")
+        if (self.question is None) != (self.answer is None):
+            raise RecordError("question and answer go together")
+        if self.target is None and self.question is None:
+            raise RecordError("target is missing")
+        if (self.session is None) != (self.turn is None):
+            raise RecordError("session and turn go together")
+        self.prompt()  # markers against references
+
+    def prompt(self) -> MultimodalPrompt:
+        """What the encoder reads."""
+        text = self.instruction if self.question is None else f"{self.instruction} {self.question}".strip()
+        return MultimodalPrompt(text, self.references)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain types, without empty fields; pictures must be paths.
+
+        Raises:
+            RecordError: a picture is held in memory.
+        """
+        row = {k: v for k, v in asdict(self).items() if v not in (None, (), "", {}) and k != "extra"}
+        for picture in (self.target, self.mask, *(r.image for r in self.references)):
+            if picture is not None and not isinstance(picture, str):
+                raise RecordError("a picture in memory has no path: write it to a file first")
+        return {"version": VERSION, **row}
+
+
+_FIELDS = {f.name for f in fields(Record)} - {"extra"}
+
+
+def from_json(row: Mapping[str, Any]) -> Record:
+    """Build a record from one JSON object (or a parquet row), with every key and type checked.
+
+    Raises:
+        RecordError: an unknown key, a wrong version or type, or a record that contradicts itself.
+    """
+    if not isinstance(row, Mapping):
+        raise RecordError(f"a row is an object, not {type(row).__name__}")
+    values = {k: v for k, v in row.items() if v is not None}
+    if (version := values.pop("version", VERSION)) != VERSION:
+        raise RecordError(f"version {version!r} is not {VERSION}")
+    if unknown := sorted(set(values) - _FIELDS):
+        raise RecordError(f"unknown key {unknown[0]!r}")
+    for key in _FIELDS - {"references", "boxes", "target", "mask", "turn"}:
+        if key in values and not isinstance(values[key], str):
+            raise RecordError(f"{key} must be a string, not {type(values[key]).__name__}")
+    if "turn" in values and (not isinstance(values["turn"], int) or values["turn"] < 0):
+        raise RecordError("turn must be an integer, 0 or more")
+    for key in ("target", "mask"):
+        if key in values:
+            values[key] = _picture(values[key], key)
+    values["references"] = tuple(_reference(r, i) for i, r in enumerate(_list(values, "references")))
+    values["boxes"] = tuple(_box(b, i) for i, b in enumerate(_list(values, "boxes")))
+    return Record(**values)
+
+
+def _list(values: Mapping[str, Any], key: str) -> list[Any]:
+    value = values.get(key, [])
+    if not isinstance(value, (list, tuple)):
+        raise RecordError(f"{key} must be a list")
+    return list(value)
+
+
+def _picture(value: Any, key: str) -> Picture:
+    if isinstance(value, Mapping):  # the `datasets` library's picture column
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, (str, bytes, Image)) or not value:
+        raise RecordError(f"{key} must be a path or the bytes of a picture")
+    return value
+
+
+def _reference(value: Any, index: int) -> Reference:
+    if not isinstance(value, Mapping):
+        raise RecordError(f"references[{index}] must be an object")
+    if unknown := sorted(set(value) - {"marker", "image", "phrase", "role"}):
+        raise RecordError(f"references[{index}] has an unknown key {unknown[0]!r}")
+    marker, role, phrase = value.get("marker"), value.get("role") or "subject", value.get("phrase") or ""
+    if not isinstance(marker, int) or isinstance(marker, bool) or marker < 1:
+        raise RecordError(f"references[{index}].marker must be an integer, 1 or more")
+    if role not in ROLES:
+        raise RecordError(f"references[{index}].role {role!r} is not one of {', '.join(ROLES)}")
+    if not isinstance(phrase, str):
+        raise RecordError(f"references[{index}].phrase must be a string")
+    return Reference(marker, _picture(value.get("image"), f"references[{index}].image"), phrase, role)
+
+
+def _box(value: Any, index: int) -> Box:
+    try:
+        box = Box(**value) if isinstance(value, Mapping) else Box(*value)
+        valid = isinstance(box.phrase, str) and box.left < box.right and box.top < box.bottom
+    except TypeError as error:
+        raise RecordError(f"boxes[{index}] needs phrase, left, top, right, bottom") from error
+    if not valid:
+        raise RecordError(f"boxes[{index}] has no area")
+    return box

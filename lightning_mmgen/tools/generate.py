@@ -1,0 +1,80 @@
+"""``mmgen generate`` and ``mmgen export``: a trained model, from a checkpoint or an exported folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ..checkpoint import AtomicCheckpointIO
+from ..module import MultimodalDiffusion
+from ..pipeline import MultimodalPipeline
+from ..prompt import MultimodalPrompt, Reference
+from .export import export
+
+
+def load_module(ckpt: str | Path) -> MultimodalDiffusion:
+    """The module of a checkpoint, with its averaged weights where the run kept an average.
+
+    The run's ``config.yaml`` is looked for in the checkpoint's folder and those above it.
+
+    Raises:
+        FileNotFoundError: no such checkpoint, or no ``config.yaml`` near it.
+    """
+    path = Path(ckpt)
+    checkpoint = AtomicCheckpointIO().load_checkpoint(path)
+    config = next((p / "config.yaml" for p in path.resolve().parents[:3] if (p / "config.yaml").is_file()), None)
+    if config is None:
+        raise FileNotFoundError(f"{ckpt}: no config.yaml of a run in its folder or above")
+    module = instantiate_model(config)
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    ema = next((state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA")), None)
+    weights = ema["mean"] if ema and ema["mean"] else checkpoint["state_dict"]
+    module.load_state_dict({n: w.to(module.get_parameter(n).dtype) for n, w in weights.items()}, strict=False)
+    return module.eval()
+
+
+def instantiate_model(config: Path) -> MultimodalDiffusion:
+    """The module of a run's resolved configuration, unbuilt."""
+    from ..cli import read_model
+
+    return read_model(config)
+
+
+def export_checkpoint(ckpt: str, out: str, dtype: str | None = None) -> Path:
+    """Write a checkpoint's model to ``out``; averaged weights where there are any."""
+    return export(load_module(ckpt), out, getattr(torch, dtype) if dtype else None)
+
+
+def generate(args: argparse.Namespace) -> list[Path]:
+    """Draw ``args.count`` pictures of one prompt; picture i has seed ``args.seed + i``.
+
+    Raises:
+        ValueError: a marker without its reference, or a size that the model cannot draw.
+    """
+    if args.count < 1:
+        raise ValueError(f"--count must be 1 or more, not {args.count}")
+    references = tuple(Reference(k + 1, str(Path(r).resolve())) for k, r in enumerate(args.ref))
+    prompt = MultimodalPrompt(args.prompt, references)
+    if args.ckpt:
+        module = load_module(args.ckpt)
+        pipeline, sampler = MultimodalPipeline.of(module), module.sampler
+        steps, scale = sampler.steps, sampler.guidance_scale
+    else:
+        pipeline = MultimodalPipeline.from_pretrained(args.model)
+        index = json.loads((Path(args.model) / "model_index.json").read_text())
+        steps, scale = index["sampler"]["steps"], index["sampler"]["guidance_scale"]
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    noise = [torch.Generator().manual_seed(args.seed + i) for i in range(args.count)]
+    guidance = scale if args.guidance is None else args.guidance
+    drawn = pipeline([prompt] * args.count, args.steps or steps, guidance, args.height, args.width, noise).images
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix or '.png'}") for i in range(args.count)]
+    for picture, path in zip(drawn, paths, strict=True):
+        picture.save(path)  # type: ignore[union-attr]
+    return paths

@@ -1,0 +1,75 @@
+"""The ``mmgen`` command. Each sub-command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+
+def parser() -> argparse.ArgumentParser:
+    """All sub-commands."""
+    top = argparse.ArgumentParser(prog="mmgen", description="Tools around training; `mmgen fit` and its kin are `lightning fit`.")
+    subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = subs.add_parser("generate", help="draw pictures from an instruction with pictures in it")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", help="a checkpoint of a run; its config.yaml lies in the run folder")
+    source.add_argument("--model", help="a folder that `mmgen export` wrote")
+    generate.add_argument("--prompt", required=True, help="text with [ref#1], [ref#2], ...")
+    generate.add_argument("--ref", action="append", default=[], metavar="PICTURE", help="the pictures of [ref#1], [ref#2], ... in order")
+    generate.add_argument("--out", required=True, help="a PNG; with --count above 1, NAME-0.png, NAME-1.png, ...")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--steps", type=int, help="denoising steps; the experiment's own by default")
+    generate.add_argument("--guidance", type=float, help="guidance scale; the experiment's own by default")
+    generate.add_argument("--count", type=int, default=1, help="pictures")
+    generate.add_argument("--height", type=int, help="pixels")
+    generate.add_argument("--width", type=int, help="pixels")
+
+    export = subs.add_parser("export", help="write a checkpoint as a diffusers-style folder")
+    export.add_argument("--ckpt", required=True)
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of fully trained weights; as trained by default")
+
+    data = subs.add_parser("data", help="check or preview records").add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = data.add_parser("check", help="every record: schema, markers, pictures; exit 1 if any row is bad")
+    check.add_argument("file")
+    preview = data.add_parser("preview", help="what the model will see, as a page")
+    preview.add_argument("file")
+    preview.add_argument("--out", required=True, metavar="PAGE.png")
+    preview.add_argument("--encoder", default="toybox/vlm", help="whose tokens to count")
+    preview.add_argument("--image-tokens", type=int, default=25, help="token budget of a reference")
+    preview.add_argument("--target-size", type=int, default=64, help="pixels")
+    preview.add_argument("--count", type=int, default=12, help="records")
+    return top
+
+
+def main(argv: list[str]) -> int:
+    """Run a sub-command; an error that a user can mend is one line, and the exit status 1."""
+    args = parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError, KeyError) as error:
+        if os.environ.get("MMGEN_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())[:400]}", file=sys.stderr)
+        return 1
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dispatch to the sub-command's module."""
+    if args.command == "data":
+        from . import data
+
+        if args.action == "check":
+            return data.check(args.file)
+        print(data.preview(args.file, args.out, args.encoder, args.image_tokens, args.target_size, args.count))
+        return 0
+    from . import generate
+
+    if args.command == "export":
+        print(generate.export_checkpoint(args.ckpt, args.out, args.dtype))
+        return 0
+    for path in generate.generate(args):
+        print(path)
+    return 0

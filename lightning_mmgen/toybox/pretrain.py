@@ -1,0 +1,230 @@
+"""What makes the toybox's pretrained parts: LightningModules for its VAE, its CLIP and its vision-language model.
+
+A real run starts from published weights and needs none of this. Each module writes a plain ``diffusers`` or ``transformers``
+folder when its fit ends; the YAMLs are in ``experiments/toybox/``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from transformers import PreTrainedTokenizerFast
+
+from ..batch import pack
+from ..data.images import pixels
+from ..models.idefics2 import Idefics2Encoder
+from ..prompt import Record
+from .render import draw
+from .tasks import TASKS
+from .world import random_scene
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a cosine to zero at ``steps`` optimizer steps."""
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(i / steps, 1.0))))
+    )
+
+
+class Pictures(Dataset[Tensor]):
+    """Scenes of the training split as pixels [3, 64, 64] in [-1, 1]; sample i is a pure function of (seed, i)."""
+
+    def __init__(self, length: int, seed: int = 0) -> None:
+        self.length, self.seed = length, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        picture, _ = draw(random_scene(np.random.default_rng((self.seed, index))))
+        return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Pretraining(L.LightningModule):
+    """Shared part: AdamW with warm-up and cosine over the trainer's steps, EMA weights saved to ``out`` at the end of the fit."""
+
+    def __init__(self, out: str, lr: float, batch_size: int, warmup: int, seed: int, ema: float) -> None:
+        super().__init__()
+        self.out, self.lr, self.batch_size, self.warmup, self.seed = Path(out), lr, batch_size, warmup, seed
+        self.decay = ema
+        self.net: nn.Module
+        self.mean: dict[str, Tensor] = {}
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = torch.optim.AdamW(self.net.parameters(), lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
+        schedule = warmup_cosine(optimizer, self.trainer.max_steps, self.warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_batch_end(self, *_: object) -> None:
+        decay = min(self.decay, (1 + self.global_step) / (10 + self.global_step))
+        with torch.no_grad():
+            for name, p in self.net.named_parameters():
+                self.mean[name] = torch.lerp(p, self.mean[name], decay) if name in self.mean else p.clone()
+
+    def on_fit_end(self) -> None:
+        self.net.load_state_dict(self.mean, strict=False)
+        self.net.half().save_pretrained(self.out)  # type: ignore[operator]
+
+    def pictures(self) -> Dataset[Tensor]:
+        return Pictures(self.batch_size * max(self.trainer.max_steps, 1), self.seed)
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(self.pictures(), self.batch_size)
+
+
+class VAEPretraining(Pretraining):
+    """An ``AutoencoderKL`` of 8x and 16 channels: absolute and squared error, a light KL term, and at the end a scaling factor
+    that brings the latents to unit variance."""
+
+    def __init__(
+        self,
+        out: str,
+        channels: tuple[int, ...] = (16, 32, 64, 64),
+        latent_channels: int = 16,
+        kl: float = 1e-5,
+        lr: float = 2e-3,
+        batch_size: int = 16,
+        warmup: int = 100,
+        seed: int = 0,
+        ema: float = 0.998,
+    ) -> None:
+        super().__init__(out, lr, batch_size, warmup, seed, ema)
+        from diffusers import AutoencoderKL
+
+        self.kl = kl
+        self.net = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=channels,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=8,
+            sample_size=64,
+            force_upcast=True,
+        ).to(memory_format=torch.channels_last)
+
+    def training_step(self, pixels: Tensor, _: int) -> Tensor:
+        posterior = self.net.encode(pixels).latent_dist  # type: ignore[operator]
+        out = self.net.decode(posterior.sample()).sample  # type: ignore[operator]
+        kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+        mse = F.mse_loss(out, pixels)
+        self.log_dict({"loss/mse": mse, "loss/kl": kl}, prog_bar=True)
+        return mse + 0.2 * F.l1_loss(out, pixels) + self.kl * kl
+
+    def on_fit_end(self) -> None:
+        self.net.load_state_dict(self.mean, strict=False)
+        with torch.no_grad():
+            sample = torch.stack([self.pictures()[i] for i in range(min(512, len(self.pictures())))])
+            latents = self.net.encode(sample.to(self.device)).latent_dist.mean  # type: ignore[operator]
+        self.net.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)  # type: ignore[operator]
+        super().on_fit_end()
+
+
+class Records(Dataset[Record]):
+    """Records of some tasks, drawn with weights; sample i is a pure function of (seed, i)."""
+
+    def __init__(self, length: int, seed: int, tasks: dict[str, float]) -> None:
+        self.length, self.seed, self.tasks = length, seed, tasks
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Record:
+        rng = np.random.default_rng((self.seed, index))
+        share = np.array(list(self.tasks.values()))
+        return TASKS[str(rng.choice(list(self.tasks), p=share / share.sum()))](rng, False)
+
+
+def build_tokenizer(vocab_size: int, seed: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from the toybox's own texts, with Idefics2's special tokens; any text can be spelt."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>"]
+    raw = Tokenizer(models.BPE())
+    raw.decoder = decoders.ByteLevel()
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    records = Records(len(TASKS) * 1000, seed, dict.fromkeys(TASKS, 1.0))
+    texts = (f"{r.prompt().instruction} {r.answer or ''}" for r in (records[i] for i in range(len(records))))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    raw.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", additional_special_tokens=special[4:]
+    )
+
+
+class VLMPretraining(Pretraining):
+    """An Idefics2-shaped VLM without perceiver, from scratch: the language loss on answers about pictures, and on captions."""
+
+    def __init__(
+        self,
+        out: str,
+        vision: dict[str, int],
+        text: dict[str, int],
+        tasks: dict[str, float],
+        reference_size: int = 40,
+        lr: float = 1e-3,
+        batch_size: int = 32,
+        warmup: int = 100,
+        seed: int = 0,
+        ema: float = 0.998,
+    ) -> None:
+        super().__init__(out, lr, batch_size, warmup, seed, ema)
+        from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+
+        self.tasks, self.reference_size = tasks, reference_size
+        self.tokenizer = build_tokenizer(text["vocab_size"])
+        ids = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+        width = text["hidden_size"]
+        perceiver = {"hidden_size": width, "resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1}
+        config = Idefics2Config(
+            vision_config=vision,
+            text_config={**text, **ids, "model_type": "mistral", "max_position_embeddings": 2048, "sliding_window": None, "tie_word_embeddings": True},
+            perceiver_config=perceiver,
+            image_token_id=self.tokenizer.convert_tokens_to_ids("<image>"),
+            tie_word_embeddings=True,
+        )
+        self.net = Idefics2ForConditionalGeneration(config)
+        self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2)
+        self.encoder.adopt(self.net.model, self.tokenizer)
+
+    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
+        return batch  # records; their tensors are made in the step
+
+    def training_step(self, records: list[Record], _: int) -> Tensor:
+        texts = [r.prompt().instruction for r in records]
+        full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
+        markers = [[ref.marker for ref in r.references] for r in records]
+        references = pack([[pixels(ref.image, self.reference_size if r.task == "naming" else None) for ref in r.references] for r in records])
+        inputs, mask, _ = self.encoder.embed(full, markers, references)
+        hidden = self.encoder.language(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        labels = torch.full(mask.shape, -100)
+        sizes = {(int(s), int(k)): self.encoder.tokens_of(*g.pixels.shape[-2:]) for g in references for s, k in zip(g.sample, g.slot, strict=True)}
+        for b, (record, text) in enumerate(zip(records, texts, strict=True)):
+            count = [sizes[b, k] for k in range(len(markers[b]))]
+            ids, _ = self.encoder.tokenise(full[b], markers[b], count)
+            start = len(self.encoder.tokenise(text, markers[b], count)[0]) if record.answer else 1
+            labels[b, start : len(ids)] = torch.tensor(ids[start:])
+        logits = self.net.lm_head(hidden[:, :-1])  # type: ignore[operator]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        right = (logits.argmax(-1) == labels[:, 1:])[labels[:, 1:] >= 0].float().mean()
+        asked = torch.tensor([r.answer is not None for r in records])
+        if asked.any():
+            known = (logits.argmax(-1) == labels[:, 1:])[asked][labels[asked][:, 1:] >= 0].float().mean()
+            self.log("accuracy/answers", known)
+        self.log_dict({"loss/language": loss, "accuracy/tokens": right}, prog_bar=True)
+        return loss
+
+    def on_fit_end(self) -> None:
+        self.tokenizer.save_pretrained(self.out)
+        super().on_fit_end()
+
+    def train_dataloader(self) -> DataLoader[Record]:
+        records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
+        return DataLoader(records, self.batch_size, collate_fn=list)

@@ -1,0 +1,230 @@
+"""Records of the toybox, one function a task family: each takes a generator and returns a record with the truth about it.
+
+The truth (:class:`Truth`) travels in ``record.extra["truth"]``, for the oracle alone; no model sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL.Image import Image
+
+from ..prompt import Box, Record, Reference
+from .render import SIDE, draw, portrait
+from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, place, random_scene
+
+REFERENCE_SIDE = 48
+PREFIXES = ("", "", "draw ", "generate an image of ", "a picture of ")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the instruction of a record asks for.
+
+    Attributes:
+        scene: the target scene.
+        shown: for toys that a reference or source shows, index of the toy -> marker.
+        sizes, style: whether the instruction states the toys' sizes and the picture's style.
+    """
+
+    scene: Scene
+    shown: tuple[tuple[int, int], ...] = ()
+    sizes: bool = False
+    style: bool = False
+
+
+def picture(scene: Scene, side: int = SIDE) -> Image:
+    """The scene as an upright RGB picture."""
+    return PILImage.fromarray(draw(scene, side)[0])
+
+
+def _mask(coverage: Any) -> Image:
+    return PILImage.fromarray((np.clip(coverage, 0, 1) * 255).astype(np.uint8))
+
+
+def boxes(scene: Scene) -> tuple[Box, ...]:
+    """Where each toy lies, in pixels of the 64 x 64 picture."""
+    out = []
+    for placed, mask in zip(scene.toys, draw(scene)[1], strict=True):
+        ys, xs = np.nonzero(mask > 0.5)
+        out.append(Box(placed.toy.words(), float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)))
+    return tuple(out)
+
+
+def _portrait(rng: np.random.Generator, toy: Toy) -> Image:
+    ground = str(rng.choice([b for b in BACKGROUNDS if b != toy.colour]))
+    return PILImage.fromarray(portrait(toy, ground, REFERENCE_SIDE))
+
+
+def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Truth, **more: Any) -> Record:
+    return Record(text, tuple(refs), picture(scene), scene.caption(), task=task, boxes=boxes(scene), extra={"truth": truth}, **more)
+
+
+def caption(rng: np.random.Generator, held: bool) -> Record:
+    """Words alone: every named attribute, sometimes without the sizes, and without the style where it is flat."""
+    scene = random_scene(rng, held=held)
+    sizes, style = bool(rng.random() < 0.7), scene.style != "flat" or bool(rng.random() < 0.5)
+    text = str(rng.choice(PREFIXES)) + scene.caption(sizes=sizes, style=style)
+    return _record("caption", text, scene, [], Truth(scene, (), sizes, style))
+
+
+def subject(rng: np.random.Generator, held: bool) -> Record:
+    """The toys are shown, not named: another picture of each, and words for place and background."""
+    scene = replace(random_scene(rng, held=held), style="flat")
+    names = [f"[ref#{k + 1}] " + ("toy" if rng.random() < 0.8 else p.toy.shape) for k, p in enumerate(scene.toys)]
+    sizes = bool(rng.random() < 0.3)
+    refs = [Reference(k + 1, _portrait(rng, p.toy), names[k].split("] ")[1]) for k, p in enumerate(scene.toys)]
+    text = str(rng.choice(PREFIXES)) + scene.caption(names, sizes=sizes, style=False)
+    return _record("subject", text, scene, refs, Truth(scene, tuple((k, k + 1) for k in range(len(names))), sizes))
+
+
+def crops(rng: np.random.Generator, held: bool) -> Record:
+    """MUMU's records: crops of the target itself, before the words that they depict."""
+    scene = random_scene(rng, held=held)
+    target, names, refs = picture(scene), [], []
+    for k, (placed, box) in enumerate(zip(scene.toys, boxes(scene), strict=True)):
+        names.append(f"[ref#{k + 1}] {placed.toy.words()}")
+        refs.append(Reference(k + 1, target.crop((int(box.left) - 1, int(box.top) - 1, int(box.right) + 1, int(box.bottom) + 1)), placed.toy.words(), "crop"))
+    truth = Truth(scene, tuple((k, k + 1) for k in range(len(names))), True, True)
+    return _record("crops", scene.caption(names), scene, refs, truth)
+
+
+def style(rng: np.random.Generator, held: bool) -> Record:
+    """The style is shown by another picture, the scene is told."""
+    scene = random_scene(rng, held=held)
+    other = replace(random_scene(rng), style=scene.style)
+    text = f"Create an image in [ref#1] style with the caption: {scene.caption(style=False)}"
+    return _record("style", text, scene, [Reference(1, picture(other), "style", "style")], Truth(scene, (), True, True))
+
+
+def style_transfer(rng: np.random.Generator, held: bool) -> Record:
+    """The style is shown by one picture, the content by another."""
+    content = replace(random_scene(rng, held=held), style="flat")
+    scene = replace(content, style=str(rng.choice(STYLES[1:])))
+    other = replace(random_scene(rng), style=scene.style)
+    refs = [Reference(1, picture(other), "style", "style"), Reference(2, picture(content), "content", "content")]
+    text = "Draw a picture in the given [ref#1] style, following the specified [ref#2] content"
+    return _record("style_transfer", text, scene, refs, Truth(scene, tuple((k, 2) for k in range(len(scene.toys))), False, True))
+
+
+def control_image(scene: Scene, kind: str) -> Image:
+    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture."""
+    pixels, masks = draw(scene)
+    if kind == "mask":
+        return _mask(np.maximum.reduce(masks))
+    if kind == "depth":
+        depth = np.linspace(0.1, 0.3, SIDE, dtype=np.float32)[:, None].repeat(SIDE, 1)
+        for placed, mask in zip(scene.toys, masks, strict=True):
+            depth = depth * (1 - mask) + (0.9 if placed.size == "large" else 0.7) * mask
+        return _mask(depth)
+    source = pixels.astype(np.float32).mean(-1) / 255 if kind == "edge" else np.maximum.reduce(masks)
+    dy, dx = np.gradient(source)
+    return _mask(np.clip(np.hypot(dx, dy) * 4, 0, 1) if kind == "edge" else 1 - np.clip(np.hypot(dx, dy) * 2, 0, 1))
+
+
+def control(rng: np.random.Generator, held: bool, kind: str | None = None) -> Record:
+    """The layout is shown by an edge, mask, depth or sketch picture, the rest is told."""
+    scene = random_scene(rng, held=held)
+    kind = kind or str(rng.choice(["edge", "mask", "depth", "sketch"]))
+    text = f"Using the [ref#1] {kind} image, generate an image to reflect the caption: {scene.caption(sizes=False)}"
+    return _record("control", text, scene, [Reference(1, control_image(scene, kind), kind, kind)], Truth(scene, (), True, True))
+
+
+def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | None]:
+    """One edit of a scene: its instruction, the scene after it, and the toy that it touches (None: all of the picture)."""
+    k = int(rng.integers(len(scene.toys)))
+    placed, toy = scene.toys[k], scene.toys[k].toy
+    kind = str(rng.choice(["colour", "texture", "shape", "background", "style"]))
+    if kind == "background":
+        new = str(rng.choice([b for b in BACKGROUNDS if b != scene.background and b not in {p.toy.colour for p in scene.toys}]))
+        return f"change the background to {new}", replace(scene, background=new), None
+    if kind == "style":
+        new = str(rng.choice([s for s in STYLES if s != scene.style]))
+        return f"make it {new} style", replace(scene, style=new), None
+    taken = {p.toy.colour for p in scene.toys} | {scene.background}
+    pool = {"colour": [c for c in COLOURS if c not in taken], "texture": [t for t in TEXTURES if t != toy.texture], "shape": [s for s in SHAPES if s != toy.shape]}
+    new = str(rng.choice(pool[kind]))
+    edited = replace(placed, toy=replace(toy, **{kind: new}))
+    toys = tuple(edited if i == k else p for i, p in enumerate(scene.toys))
+    text = f"turn the {toy.words()} into a {new}" if kind == "shape" else f"make the {toy.words()} {new}"
+    return text, replace(scene, toys=toys), k
+
+
+def edit(rng: np.random.Generator, held: bool) -> Record:
+    """One edit of a source picture, with the mask of what may change."""
+    return edit_session(rng, held, 1)[0]
+
+
+def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Record]:
+    """A multi-turn edit: the target of turn k is the source of turn k + 1."""
+    scene, name, out = random_scene(rng, held=held), f"s{rng.integers(1 << 40):010x}", []
+    for turn in range(turns):
+        text, after, k = change(rng, scene)
+        cover = np.ones((SIDE, SIDE)) if k is None else np.maximum(draw(scene)[1][k], draw(after)[1][k])
+        shown = tuple((i, 1) for i in range(len(scene.toys)))
+        refs = [Reference(1, picture(scene), "picture", "source")]
+        out.append(
+            _record("edit", f"In the [ref#1] picture, {text}", after, refs, Truth(after, shown), source_caption=scene.caption(), mask=_mask(cover), session=name, turn=turn)
+        )
+        scene = after
+    return out
+
+
+def retrieval(rng: np.random.Generator, held: bool) -> Record:
+    """Three neighbours as context: scenes that share a toy with the target, with their captions as phrases."""
+    scene = random_scene(rng, held=held)
+    toy = scene.toys[0].toy
+    refs = []
+    for k in (1, 2, 3):
+        near = place(rng, (replace(toy, **{"texture": str(rng.choice(TEXTURES))}),), style=scene.style)
+        refs.append(Reference(k, picture(near), near.caption(), "neighbour"))
+    context = " ".join(f"[ref#{r.marker}] {r.phrase}." for r in refs)
+    return _record("retrieval", f"{context} Generate: {scene.caption()}", scene, refs, Truth(scene, (), True, True))
+
+
+def question(rng: np.random.Generator, held: bool) -> Record:
+    """A picture, a question about it, and the answer."""
+    scene = random_scene(rng, held=held)
+    placed = scene.toys[int(rng.integers(len(scene.toys)))]
+    toy = placed.toy
+    pool: dict[str, tuple[str, str]] = {
+        "describe": ("describe the picture", scene.caption()),
+        "colour": (f"which colour is the {toy.shape}?", toy.colour),
+        "shape": (f"which shape is {toy.colour}?", toy.shape),
+        "texture": (f"which texture has the {toy.colour} {toy.shape}?", toy.texture),
+        "count": ("how many toys are there?", str(len(scene.toys))),
+        "background": ("which colour is the background?", scene.background),
+        "style": ("which style is it?", scene.style),
+        "where": (f"where is the {toy.colour} {toy.shape}?", _where(scene, placed)),
+    }
+    if len({p.toy.shape for p in scene.toys}) < len(scene.toys):
+        pool.pop("colour")
+    kind = str(rng.choice(list(pool)))
+    ask, answer = pool[kind]
+    return Record("[ref#1]", (Reference(1, picture(scene), "", "content"),), caption=scene.caption(), task="question", question=ask, answer=answer, extra={"truth": Truth(scene)})
+
+
+def naming(rng: np.random.Generator, held: bool) -> Record:
+    """What is this? One toy or two, each alone on its picture, and their words."""
+    scene = random_scene(rng, held=held)
+    toys = [p.toy for p in scene.toys]
+    text = " and ".join(f"[ref#{k + 1}]" for k in range(len(toys)))
+    refs = tuple(Reference(k + 1, _portrait(rng, toy)) for k, toy in enumerate(toys))
+    ask, answer = "what is this?" if len(toys) == 1 else "what are these?", " and ".join(f"a {t.words()}" for t in toys)
+    return Record(text, refs, task="naming", question=ask, answer=answer, extra={"truth": Truth(scene)})
+
+
+def _where(scene: Scene, placed: Placed) -> str:
+    if len(scene.toys) == 1:
+        return scene.place
+    first = placed is scene.toys[0]
+    return {"left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}[scene.place][not first]
+
+
+TASKS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
+    f.__name__: f for f in (caption, subject, crops, style, style_transfer, control, edit, retrieval, question, naming)
+}
