@@ -31,6 +31,7 @@ def held_out(trainer: Trainer, pl_module: LightningModule, count: int, batch_siz
 
     Pictures of the same step are not drawn twice.
     """
+    count = 2 if trainer.fast_dev_run else count  # type: ignore[attr-defined]
     step, kept = _drawn.get(trainer, (-1, None))
     if kept is None or step != trainer.global_step or len(kept.records) < count:
         records = trainer.datamodule.held_out_records(count)  # type: ignore[attr-defined]

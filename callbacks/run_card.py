@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_mmgen.data.sources import Source
+
 from .following import FollowingEvaluation
 from .picture_grid import PictureGrid
 
@@ -34,30 +36,33 @@ class RunCard(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        table = pl_module.table  # type: ignore[union-attr]
-        print(f"\n{table}\n", flush=True)
+        table = getattr(pl_module, "table", None)  # a module of another kind has none
+        if table is not None:
+            print(f"\n{table}\n", flush=True)
         if trainer.log_dir is None:
             return
         folder = Path(trainer.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config)
-        (folder / "parameters.txt").write_text(f"{table}\n")
+        if table is not None:
+            (folder / "parameters.txt").write_text(f"{table}\n")
         (folder / "run.json").write_text(json.dumps(self.facts(trainer), indent=2) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("parameters", table.markdown(), trainer.global_step)  # type: ignore[union-attr, operator]
+                if table is not None:
+                    logger.experiment.add_text("parameters", table.markdown(), trainer.global_step)
                 logger.experiment.add_text("config", "    " + self.config.replace("\n", "\n    "), trainer.global_step)
 
     def facts(self, trainer: Trainer) -> dict[str, Any]:
         """Plain values that name the code, the data and the command."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        source = getattr(trainer.datamodule, "train", None)  # type: ignore[attr-defined]
         return {
             "command": sys.argv,
             "seed": self.seed,
             "python": sys.version.split()[0],
             "packages": {name: version(name) for name in PACKAGES},
             "revision": revision(),
-            "data": data.train.fingerprint() if hasattr(data, "train") and hasattr(data.train, "fingerprint") else None,
+            "data": source.fingerprint() if isinstance(source, Source) else None,
         }
 
     @rank_zero_only

@@ -25,9 +25,9 @@ def lightning() -> int:
     if sys.argv[1:] in ([], ["-h"], ["--help"]):
         print(HELP, end="")
         return 0
-    from .cli import run
+    from .cli import command
 
-    return run()
+    return command()
 
 
 def mmgen() -> int:
@@ -49,5 +49,8 @@ def other_owners() -> list[str]:
 
 if __name__ == "__main__":
     if owners := other_owners():
-        print(f"note: {', '.join(owners)} also brings a `lightning` command; `mmgen` and `python -m lightning_mmgen` are always this package's", file=sys.stderr)
+        print(
+            f"note: {', '.join(owners)} brings a `lightning` command too; `mmgen` and `python -m lightning_mmgen` are always ours",
+            file=sys.stderr,
+        )
     sys.exit(lightning())

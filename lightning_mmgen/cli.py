@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 from lightning import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import lightning_mmgen.callbacks as callbacks
 
@@ -21,7 +22,14 @@ from .data.sources import DatasetSource, JSONLSource, ToyboxSource
 from .models.idefics2 import Idefics2Encoder
 from .module import MultimodalDiffusion
 
-SHORT_NAMES = (Idefics2Encoder, JSONLSource, DatasetSource, ToyboxSource, MultimodalDataModule, MultimodalDiffusion)  # imported: class_path may be the bare name
+SHORT_NAMES = (
+    Idefics2Encoder,
+    JSONLSource,
+    DatasetSource,
+    ToyboxSource,
+    MultimodalDataModule,
+    MultimodalDiffusion,
+)  # imported: class_path may be the bare name
 ALLOWED = ["lightning_mmgen", "lightning", "torch"]  # what a YAML may import, beside the working directory's own modules
 
 
@@ -30,7 +38,7 @@ class CLI(LightningCLI):
     survive a kill, a run folder that reproduces the run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"model": {"class_path": _path(MultimodalDiffusion)}, "data": {"class_path": _path(MultimodalDataModule)}})
+        parser.set_defaults({"model": {"class_path": _path(MultimodalDiffusion)}})
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
@@ -40,19 +48,21 @@ class CLI(LightningCLI):
                 settings.version = folder.name  # the run goes on in its own folder
                 config.ckpt_path = str(folder / "checkpoints" / "last.ckpt")
             else:
-                print(f"--ckpt_path last: no checkpoint under {settings.save_dir}/{settings.get('name') or ''}; starting anew", file=sys.stderr)
+                print(
+                    f"--ckpt_path last: no checkpoint under {settings.save_dir}/{settings.get('name') or ''}; starting anew",
+                    file=sys.stderr,
+                )
                 config.ckpt_path = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         trainer = super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand] if self.subcommand else self.config
-        trainer.use_distributed_sampler = False  # type: ignore[attr-defined]
-        text = self._parser(self.subcommand).dump(config, skip_none=False) if self.subcommand else ""
-        own = [callbacks.RandomState(), callbacks.RunCard(text, config.get("seed_everything"))]
+        text = self._parser(self.subcommand).dump(config, skip_none=False)
+        own: list[Callback] = [callbacks.RandomState(), callbacks.RunCard(text, config.get("seed_everything"))]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.loggers:
             own.append(LearningRateMonitor("step"))
-        if not any(isinstance(c, ModelCheckpoint) for c in trainer.callbacks) and trainer.fast_dev_run:  # type: ignore[attr-defined]
-            own = own[:2]
         trainer.callbacks = trainer._callback_connector._reorder_callbacks(trainer.callbacks + own)  # type: ignore[attr-defined]
         return trainer
 
@@ -72,35 +82,59 @@ def own_modules(folder: Path) -> list[str]:
     return sorted({p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")})
 
 
+WRAPPING = re.compile(
+    r"(Given value|Subtypes:|Errors:|Does not validate|Expected a <class|Expected a path but|Problem with given class_path)"
+)
+
+
 def one_line(error: BaseException) -> str:
-    """The message of an error without the usage text and the nesting that parsers wrap around it."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip() or type(error).__name__
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    telling = [x for x in lines if re.search(r"not accepted|not found|Unable to import|not allowed|does not exist|required|expected|invalid", x, re.I)]
-    return (telling[-1] if len(lines) > 3 and telling else " ".join(lines))[:400]
+    """The message of an error without what parsers wrap around it: the key, and what is wrong there."""
+    lines = [line.strip(" -") for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()]
+    telling = list(dict.fromkeys(line for line in lines if line and not WRAPPING.match(line)))
+    return " ".join(telling)[:400] or type(error).__name__
 
 
-def main(args: ArgsType = None) -> LightningCLI:
-    """Run ``lightning <fit|validate|test|predict> -c experiment.yaml`` with ``args`` or the command line's.
+def read_model(config: Path) -> MultimodalDiffusion:
+    """The unbuilt module of a run's resolved ``config.yaml``."""
+    import yaml
 
-    A YAML can import this package, Lightning, torch and the modules of the working directory; more by ``MMGEN_ALLOW=name,name``.
-    """
+    _trust_here()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(MultimodalDiffusion, "model", required=True)
+    model = parser.parse_object({"model": yaml.safe_load(config.read_text())["model"]})
+    return parser.instantiate(model).model  # type: ignore[no-any-return]
+
+
+def _trust_here() -> None:
+    """Let YAMLs import this package, Lightning, torch and the working directory's modules, and nothing else."""
     here = Path.cwd()
     if str(here) not in sys.path:
         sys.path.insert(0, str(here))
     allowed = ALLOWED + own_modules(here) + [m for m in os.environ.get("MMGEN_ALLOW", "").split(",") if m]
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["*"], import_path_allowlist=allowed)
+
+
+def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
+    """Run ``lightning <fit|validate|test|predict> -c experiment.yaml`` with ``args`` or the command line's.
+
+    A YAML can import this package, Lightning, torch and the modules of the working directory; more by ``MMGEN_ALLOW=name,name``.
+
+    Args:
+        run: ``False`` makes model, data and trainer without running a command; ``args`` then name no command.
+    """
+    _trust_here()
     mode = {"parser_mode": "omegaconf+", "exit_on_error": False}
     return CLI(
         args=args,
+        run=run,
         save_config_callback=None,
         seed_everything_default=True,
-        parser_kwargs={**mode, **{name: dict(mode) for name in LightningCLI.subcommands()}},
-        trainer_defaults={"plugins": [AtomicCheckpointIO()]},
+        parser_kwargs={**mode, **({name: dict(mode) for name in LightningCLI.subcommands()} if run else {})},
+        trainer_defaults={"use_distributed_sampler": False},
     )
 
 
-def run() -> int:
+def command() -> int:
     """The command line: an error that a user can mend is one line, and the exit status 1."""
     import argparse
 
@@ -110,7 +144,16 @@ def run() -> int:
         main()
     except KeyboardInterrupt:
         return 130
-    except (argparse.ArgumentError, OmegaConfBaseException, ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
+    except (
+        argparse.ArgumentError,
+        OmegaConfBaseException,
+        ValueError,
+        TypeError,
+        KeyError,
+        OSError,
+        ImportError,
+        NotImplementedError,
+    ) as error:
         if os.environ.get("MMGEN_TRACEBACK"):
             raise
         print(f"error: {one_line(error)}  (MMGEN_TRACEBACK=1 shows where)", file=sys.stderr)

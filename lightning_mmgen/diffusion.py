@@ -1,6 +1,7 @@
 """The diffusion process: noise schedule, prediction types, SNR weights, the estimate of z_0, and condition dropout.
 
-Notation: ``z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps``; SNR(t) = abar_t / (1 - abar_t); ``v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0``.
+Notation:
+``z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps``; SNR(t) = abar_t / (1 - abar_t); ``v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0``.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Condition
-from .data.datamodule import MultimodalDataModule
 from .diffusion import ConditionDropout, Diffusion, drop_condition
 from .losses import DenoisingStep, LossTerm, diffusion_loss
 from .models.adapter import AdapterConfig
@@ -93,7 +92,13 @@ class MultimodalDiffusion(L.LightningModule):
         super().__init__()
         self.encoder = encoder
         self.parts = (adapter, unet, codec)
-        self.diffusion, self.condition_dropout, self.schedule, self.sampler, self.betas = diffusion, condition_dropout, schedule, sampler, betas
+        self.diffusion, self.condition_dropout, self.schedule, self.sampler, self.betas = (
+            diffusion,
+            condition_dropout,
+            schedule,
+            sampler,
+            betas,
+        )
         self.table = ParameterTable(parameters)
         self.strict_loading = False  # checkpoints hold what is trained, and are compared with it by name
 
@@ -125,13 +130,19 @@ class MultimodalDiffusion(L.LightningModule):
         """Noise the target, drop conditions, predict. All randomness comes from the samples' own seeds."""
         height, width = batch.target.shape[-2:]
         draw = SampleNoise(batch.seed, (self.codec.channels, height // self.codec.factor, width // self.codec.factor), self.diffusion)
-        batch = drop_condition(batch, self.condition_dropout, draw.dropout)
-        z0 = self.codec.encode(batch.target, draw.posterior.to(self.device))
-        noise, timesteps = draw.noise.to(self.device), draw.timesteps.to(self.device)
+        return self.predict(drop_condition(batch, self.condition_dropout, draw.dropout), draw)
+
+    def predict(self, batch: Batch, draw: SampleNoise) -> DenoisingStep:
+        """Encode the target, noise it, encode the prompts, and let the UNet predict."""
+        z0 = self.codec.encode(batch.target, draw.posterior.to(batch.target.device))
+        noise, timesteps = draw.noise.to(z0.device), draw.timesteps.to(z0.device)
         z_t = self.diffusion.add_noise(z0, noise, timesteps)
         condition = self.condition(batch)
+        height, width = batch.target.shape[-2:]
         prediction = self(z_t, timesteps, condition, (height, width))
-        return DenoisingStep(batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps))
+        return DenoisingStep(
+            batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps)
+        )
 
     def loss(self, step: DenoisingStep) -> dict[str, Tensor]:
         """The named terms of the loss, weighted; a subclass adds or replaces its own here."""
@@ -141,10 +152,6 @@ class MultimodalDiffusion(L.LightningModule):
             if isinstance(callback, LossTerm):
                 terms |= {name: callback.weight * term for name, term in callback.compute(step).items()}
         return terms
-
-    def on_train_batch_start(self, batch: Batch | None, batch_idx: int) -> None:
-        if isinstance(data := getattr(self.trainer, "datamodule", None), MultimodalDataModule):
-            data.advance()  # before the checkpoint callbacks, which run ahead of this module's on_train_batch_end
 
     def training_step(self, batch: Batch | None, batch_idx: int) -> Tensor | None:
         if batch is None:  # every row of it was bad; counted and listed by the data module
@@ -188,7 +195,9 @@ class MultimodalDiffusion(L.LightningModule):
         if saved != here:
             name = sorted(saved ^ here)[0]
             where = "the checkpoint" if name in saved else "this parameter table"
-            raise ValueError(f"the checkpoint is of another parameter table: {len(saved ^ here)} tensors differ, first {name}, trained only in {where}")
+            raise ValueError(
+                f"the checkpoint is of another parameter table: {len(saved ^ here)} tensors differ, first {name}, trained only in {where}"
+            )
 
 
 class SampleNoise:

@@ -41,7 +41,7 @@ class MultimodalPipeline(DiffusionPipeline):
 
     def __init__(self, encoder: Encoder, adapter: Adapter, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Any) -> None:
         super().__init__()
-        self.encoder, self.adapter, self.unet, self.scheduler = encoder, adapter, unet, scheduler
+        self.register_modules(encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler)
         self.codec = Codec(vae)
 
     @classmethod
@@ -72,7 +72,13 @@ class MultimodalPipeline(DiffusionPipeline):
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
-        pipeline = cls(encoder, Adapter.from_pretrained(root / "adapter"), unet, parts["codec"].build().vae, DDIMScheduler.from_pretrained(root / "scheduler"))
+        pipeline = cls(
+            encoder,
+            Adapter.from_pretrained(root / "adapter"),
+            unet,
+            parts["codec"].build().vae,
+            DDIMScheduler.from_pretrained(root / "scheduler"),
+        )
         for part in (pipeline.encoder, pipeline.adapter, pipeline.unet):
             part.eval().requires_grad_(False)
         return pipeline
@@ -85,7 +91,9 @@ class MultimodalPipeline(DiffusionPipeline):
     def encode_prompts(self, prompts: Sequence[MultimodalPrompt]) -> Condition:
         """What the UNet attends to, for b prompts."""
         side = self.encoder.reference_size
-        references = [g._replace(pixels=g.pixels.to(self.device)) for g in pack([[pixels(r.image, side) for r in p.references] for p in prompts])]
+        references = [
+            g._replace(pixels=g.pixels.to(self.device)) for g in pack([[pixels(r.image, side) for r in p.references] for p in prompts])
+        ]
         return self.adapter(self.encoder([p.instruction for p in prompts], [[r.marker for r in p.references] for p in prompts], references))
 
     @torch.no_grad()
@@ -122,11 +130,11 @@ class MultimodalPipeline(DiffusionPipeline):
         if guidance_scale != 1:
             condition = join(self.encode_prompts([MultimodalPrompt("")]), condition)
         shape = (len(prompts), self.codec.channels, height // self.codec.factor, width // self.codec.factor)
-        latents = initial_noise(shape, generator).to(self.device)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        latents = initial_noise(shape, generator).to(self.device) * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             copies = 1 if guidance_scale == 1 else 2
-            z_t = self.scheduler.scale_model_input(torch.cat([latents] * copies), t).to(self.unet.dtype)
+            z_t = self.scheduler.scale_model_input(torch.cat([latents] * copies), t)
             prediction = denoise(self.unet, z_t, t.expand(len(z_t)), condition, (height, width)).float()
             if guidance_scale != 1:
                 empty, full = prediction.chunk(2)

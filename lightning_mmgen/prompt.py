@@ -171,7 +171,7 @@ def from_json(row: Mapping[str, Any]) -> Record:
     for key in _FIELDS - {"references", "boxes", "target", "mask", "turn"}:
         if key in values and not isinstance(values[key], str):
             raise RecordError(f"{key} must be a string, not {type(values[key]).__name__}")
-    if "turn" in values and (not isinstance(values["turn"], int) or values["turn"] < 0):
+    if "turn" in values and (type(values["turn"]) is not int or values["turn"] < 0):
         raise RecordError("turn must be an integer, 0 or more")
     for key in ("target", "mask"):
         if key in values:
@@ -214,9 +214,10 @@ def _reference(value: Any, index: int) -> Reference:
 def _box(value: Any, index: int) -> Box:
     try:
         box = Box(**value) if isinstance(value, Mapping) else Box(*value)
-        valid = isinstance(box.phrase, str) and box.left < box.right and box.top < box.bottom
     except TypeError as error:
         raise RecordError(f"boxes[{index}] needs phrase, left, top, right, bottom") from error
-    if not valid:
+    if not isinstance(box.phrase, str) or any(type(edge) not in (int, float) for edge in box[1:]):
+        raise RecordError(f"boxes[{index}] must be a string and four numbers")
+    if not (box.left < box.right and box.top < box.bottom):
         raise RecordError(f"boxes[{index}] has no area")
     return box

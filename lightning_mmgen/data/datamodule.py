@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..batch import Batch, pack
 from ..prompt import Record, RecordError
 from .images import pixels
-from .sources import Source, open_source
+from .sources import RowError, Source, open_source
 
 
 class Sample(NamedTuple):
@@ -90,8 +90,10 @@ class RecordDataset(Dataset["Sample | BadRow"]):
         try:
             record = self.source.record(position.index, position.epoch)
             return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index))
-        except RecordError as error:
+        except RowError as error:
             return BadRow(position.index, str(error))
+        except RecordError as error:
+            return BadRow(position.index, f"row {position.index + 1}: {error}")
 
 
 class OrderedSampler(Sampler[list[Position]]):
@@ -122,10 +124,17 @@ class OrderedSampler(Sampler[list[Position]]):
             return np.arange(self.length)
         return np.random.default_rng((self.seed, epoch)).permutation(self.length)
 
+    def seek(self, epoch: int, start: int) -> tuple[int, int]:
+        """Begin the next iteration after ``start`` samples of ``epoch``, or with the next epoch where less than a batch is left."""
+        step = self.batch_size * self.world
+        self.epoch, self.start = (epoch, start) if start + step <= self.length else (epoch + 1, 0)
+        return self.epoch, self.start
+
     def __iter__(self) -> Iterator[list[Position]]:
-        order, step = self.order(self.epoch), self.batch_size * self.world
-        for at in range(self.start, len(self) * step, step):
-            yield [Position(int(i), self.epoch) for i in order[at : at + step][self.rank :: self.world]]
+        order, epoch, step = self.order(self.epoch), self.epoch, self.batch_size * self.world
+        end = self.length if self.seed is None else self.length - step + 1  # the last whole batch begins before it
+        for at in range(self.start, end, step):
+            yield [Position(int(i), epoch) for i in order[at : at + step][self.rank :: self.world]]
 
 
 def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]:
@@ -203,7 +212,7 @@ class MultimodalDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         self._sampler = OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
-        self._sampler.epoch, self._sampler.start = self._resume
+        self._resume = self._sampler.seek(*self._resume)
         return self._loader(self.train, self._sampler)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
@@ -233,6 +242,12 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch | None:
         good, bad = batch
+        if self.trainer and not self.trainer.training:
+            if bad:
+                raise RecordError(f"a held-out row is bad: {bad[0].reason}")
+            return good
+        if self.trainer:
+            self.advance()  # here, because Lightning calls no on_train_batch_start for a batch of bad rows alone
         self.seen += (good.size if good is not None else 0) + len(bad)
         for row in bad:
             self.bad[row.index] = row.reason
@@ -247,18 +262,15 @@ class MultimodalDataModule(L.LightningDataModule):
             with (folder / f"bad_rows.{self.trainer.global_rank}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row._asdict()) + "\n" for row in bad)
         if len(self.bad) > self.bad_rows * len(self.train):
-            raise RecordError(f"{len(self.bad)} of {len(self.train)} rows are bad, more than bad_rows={self.bad_rows}; last: {bad[-1].reason}")
+            raise RecordError(
+                f"{len(self.bad)} of {len(self.train)} rows are bad, more than bad_rows={self.bad_rows}; last: {bad[-1].reason}"
+            )
 
     def advance(self, batches: int = 1) -> None:
-        """Count ``batches`` global batches of the current epoch as consumed; the module calls this as it takes one."""
+        """Count ``batches`` global batches of the current epoch as consumed."""
         assert self._sampler is not None
         epoch, start = self._resume
-        start += batches * self._sampler.batch_size * self._sampler.world
-        if start >= len(self._sampler) * self._sampler.batch_size * self._sampler.world:
-            epoch, start = epoch + 1, 0
-        self._resume = (epoch, start)
-        if start == 0:
-            self._sampler.epoch, self._sampler.start = self._resume
+        self._resume = self._sampler.seek(epoch, start + batches * self._sampler.batch_size * self._sampler.world)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self._resume[0], "consumed": self._resume[1], "seed": self.seed, "bad": dict(self.bad)}

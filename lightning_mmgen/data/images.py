@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from PIL.Image import Image
 from torch import Tensor
 
@@ -25,10 +26,14 @@ def locate_file(path: str, root: Path) -> Path:
     Raises:
         RecordError: the file is missing, or lies outside ``root``.
     """
-    full = (root / path).resolve()
-    if not full.is_relative_to(root.resolve()):
+    try:
+        full = (root / path).resolve()
+        inside, there = full.is_relative_to(root.resolve()), full.is_file()
+    except (OSError, ValueError) as error:  # too long, or a null byte
+        raise RecordError(f"{path[:80]!r} is not a path") from error
+    if not inside:
         raise RecordError(f"{path}: leaves the data folder")
-    if not full.is_file():
+    if not there:
         raise RecordError(f"{path}: no such file")
     return full
 
@@ -42,30 +47,34 @@ def open_picture(picture: Picture, root: Path | None = None) -> Image:
         RecordError: missing, unreadable, truncated, of another format, or more than ``MAX_PIXELS`` pixels.
     """
     name = picture if isinstance(picture, str) else "picture"
-    if isinstance(picture, Image):
-        return _rgb(picture)
-    source = io.BytesIO(picture) if isinstance(picture, bytes) else locate_file(picture, root or Path.cwd())
+    if isinstance(picture, str):
+        picture = str(locate_file(picture, root or Path.cwd()))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
-            with PILImage.open(source, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise RecordError(f"{name}: {image.width} x {image.height} is over {MAX_PIXELS} pixels")
-                image.load()
-                return _rgb(ImageOps.exif_transpose(image))
+            if isinstance(picture, Image):
+                return _upright(picture)
+            with PILImage.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
+                return _upright(image)
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
         raise RecordError(f"{name}: over {MAX_PIXELS} pixels") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, RecordError):
-            raise
+    except UnidentifiedImageError as error:
+        raise RecordError(f"{name}: not a picture of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # decoders raise anything, from struct.error to TypeError, on a damaged file
         raise RecordError(f"{name}: cannot be read as a picture ({type(error).__name__}: {str(error)[:80]})") from error
 
 
+def _upright(image: Image) -> Image:
+    if image.width * image.height > MAX_PIXELS:
+        raise PILImage.DecompressionBombError
+    return _rgb(ImageOps.exif_transpose(image))
+
+
 def _rgb(image: Image) -> Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith(("I", "F")):
-        grey = np.asarray(image, dtype=np.float64)
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
         top = 65535.0 if image.mode.startswith("I") else max(float(grey.max()), 1e-9)
         return PILImage.fromarray((np.clip(grey / top, 0, 1) * 255 + 0.5).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -76,8 +85,14 @@ def _rgb(image: Image) -> Image:
 
 
 def pad_square(image: Image, fill: str = "black") -> Image:
-    """Pad to a square, the picture in the middle (MUMU, section 4: black)."""
-    return ImageOps.pad(image, (max(image.size),) * 2, color=fill) if image.width != image.height else image
+    """Pad to a square, the picture in the middle (MUMU, section 4: black). A long strip whose square would have more than
+    ``MAX_PIXELS`` pixels is shrunk first."""
+    if image.width == image.height:
+        return image
+    if max(image.size) ** 2 > MAX_PIXELS:
+        image = image.copy()
+        image.thumbnail((math.isqrt(MAX_PIXELS),) * 2)
+    return ImageOps.pad(image, (max(image.size),) * 2, color=fill)
 
 
 def pixels(picture: Picture, side: int | None = None, root: Path | None = None) -> Tensor:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..prompt import Record, RecordError, from_json
+from ..prompt import Picture, Record, RecordError, from_json
+from .images import open_picture
 
 
 class RowError(RecordError):
@@ -78,7 +80,7 @@ class JSONLSource(Source):
             line = file.read(int(self.lengths[index]))
         try:
             return from_json(json.loads(line))
-        except (RecordError, ValueError) as error:
+        except (RecordError, ValueError, RecursionError) as error:
             raise RowError(self.path.name, index, _one_line(error)) from error
 
     def fingerprint(self) -> str:
@@ -90,7 +92,11 @@ class DatasetSource(Source):
 
     Args:
         path: a ``.parquet`` file, a folder of ``save_to_disk``, or a hub name.
-        split: of a hub data set.
+        split: of a folder or a hub data set that has several.
+
+    Raises:
+        FileNotFoundError: a path that looks local and is not there.
+        ValueError: a folder without that split.
     """
 
     def __init__(self, path: str, split: str = "train") -> None:
@@ -100,27 +106,37 @@ class DatasetSource(Source):
         if path.endswith(".parquet"):
             if not local.is_file():
                 raise FileNotFoundError(f"{path}: no such file")
-            self.rows: Any = datasets.Dataset.from_parquet(path)
+            rows: Any = datasets.Dataset.from_parquet(path)
         elif local.is_dir():
-            self.rows = datasets.load_from_disk(path)
+            rows = datasets.load_from_disk(path)
+            if isinstance(rows, datasets.DatasetDict):
+                if split not in rows:
+                    raise ValueError(f"{path}: no split {split!r}; there are {', '.join(rows)}")
+                rows = rows[split]
+        elif path.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"{path}: no such file or folder")
         else:
-            self.rows = datasets.load_dataset(path, split=split)
+            rows = datasets.load_dataset(path, split=split)
         self.root = local.parent if local.is_file() else local if local.is_dir() else None
-        pictures = [n for n, f in self.rows.features.items() if isinstance(f, datasets.Image)]
-        for name in pictures:  # bytes come through; they are decoded where all pictures are
-            self.rows = self.rows.cast_column(name, datasets.Image(decode=False))
+        self.rows = rows.with_format("arrow")  # pictures stay bytes, in lists too; they are decoded where all pictures are
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def record(self, index: int, epoch: int = 0) -> Record:
         try:
-            return from_json(self.rows[index])
-        except RecordError as error:
+            return from_json(self.rows[index].to_pylist()[0])
+        except (RecordError, ValueError) as error:
             raise RowError(self.path, index, str(error)) from error
 
     def fingerprint(self) -> str:
-        return str(self.rows._fingerprint)
+        if not self.path.endswith(".parquet"):
+            return str(self.rows._fingerprint)
+        digest = hashlib.sha256()  # the library's own follows the file's path and time
+        with open(self.path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return digest.hexdigest()
 
 
 class ToyboxSource(Source):
@@ -131,16 +147,19 @@ class ToyboxSource(Source):
         length: records an epoch.
         seed: of the draws.
         held_out: draw only combinations of toys that training never sees, and the same ones every epoch.
+        swap_references: show other toys than the target holds; the control that must learn nothing from references.
     """
 
-    def __init__(self, tasks: dict[str, float], length: int = 16384, seed: int = 0, held_out: bool = False) -> None:
+    def __init__(
+        self, tasks: dict[str, float], length: int = 16384, seed: int = 0, held_out: bool = False, swap_references: bool = False
+    ) -> None:
         from ..toybox.tasks import TASKS
 
         if unknown := sorted(set(tasks) - set(TASKS)):
             raise ValueError(f"unknown toybox task {unknown[0]!r}; there are {', '.join(TASKS)}")
         if min(tasks.values(), default=0) < 0 or not sum(tasks.values()):
             raise ValueError(f"toybox tasks need weights of 0 or more, not all 0: {tasks}")
-        self.tasks, self.length, self.seed, self.held_out = tasks, length, seed, held_out
+        self.tasks, self.length, self.seed, self.held_out, self.swap_references = tasks, length, seed, held_out, swap_references
 
     def __len__(self) -> int:
         return self.length
@@ -152,15 +171,62 @@ class ToyboxSource(Source):
         share = np.cumsum(list(self.tasks.values()))
         task = list(self.tasks)[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]
         record = TASKS[task](rng, self.held_out)
-        return Record(**{**record.__dict__, "id": f"{task}-{index:05d}"})
+        if self.swap_references:
+            record = self._swapped(record, task, rng)
+        return replace(record, id=f"{task}-{index:05d}")
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(repr((sorted(self.tasks.items()), self.length, self.seed, self.held_out)).encode()).hexdigest()
+        settings = (sorted(self.tasks.items()), self.length, self.seed, self.held_out, self.swap_references)
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
+
+    def _swapped(self, record: Record, task: str, rng: np.random.Generator) -> Record:
+        """The record with each reference's picture taken from another record of its task."""
+        from ..toybox.tasks import TASKS
+
+        pictures: list[Picture] = []
+        while len(pictures) < len(record.references):
+            pictures += [r.image for r in TASKS[task](rng, self.held_out).references]
+        references = tuple(replace(r, image=p) for r, p in zip(record.references, pictures, strict=False))
+        return replace(record, references=references)
 
 
 def open_source(path: str) -> Source:
     """The source for a path: ``.jsonl``, ``.parquet``, a folder or a name of ``datasets``."""
     return JSONLSource(path) if path.endswith((".jsonl", ".json")) else DatasetSource(path)
+
+
+def write_jsonl(records: Iterable[Record], folder: str | Path) -> Path:
+    """Write records as ``folder/records.jsonl``, their pictures beside it as ``folder/pictures/<row>_<field>.png``.
+
+    Pictures in memory or in bytes are written as upright RGB; those given by a path keep it, relative to ``folder``.
+    ``extra`` is not written.
+
+    Returns:
+        The path of ``records.jsonl``.
+
+    Raises:
+        RecordError: the bytes of a picture cannot be read.
+    """
+    folder = Path(folder)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+
+    def save(picture: Picture, name: str) -> str:
+        if isinstance(picture, str):
+            return picture
+        open_picture(picture).save(folder / "pictures" / name)
+        return f"pictures/{name}"
+
+    with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
+        for i, record in enumerate(records):
+            written = replace(
+                record,
+                references=tuple(replace(r, image=save(r.image, f"{i:06d}_ref{r.marker}.png")) for r in record.references),
+                target=None if record.target is None else save(record.target, f"{i:06d}_target.png"),
+                mask=None if record.mask is None else save(record.mask, f"{i:06d}_mask.png"),
+                extra={},
+            )
+            file.write(json.dumps(written.to_json(), ensure_ascii=False) + "\n")
+    return folder / "records.jsonl"
 
 
 def _one_line(error: Exception) -> str:

@@ -39,7 +39,9 @@ class CLIPSimilarity(Metric):
         side = config.vision_config.image_size
         pictures = torch.nn.functional.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
         mean, std = (torch.tensor(v, device=pictures.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-        text = self.tokenizer(list(captions), padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors="pt")
+        text = self.tokenizer(
+            list(captions), padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors="pt"
+        )
         out = self.clip(
             input_ids=text.input_ids.to(pictures.device),
             attention_mask=text.attention_mask.to(pictures.device),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ class Codec(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
         """Pixels [b, 3, H, W] in [-1, 1] -> latents [b, c, H/f, W/f]: the posterior's mean, or with ``noise`` a sample of it."""
-        with torch.autocast(pixels.device.type, enabled=False):
+        with _full_precision(pixels.device):
             posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
         return (z.float() - self.shift) * self.scale
@@ -42,8 +43,12 @@ class Codec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b, c, h, w] -> pixels [b, 3, h*f, w*f], clipped to [-1, 1]."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with _full_precision(latents.device):
             return self.vae.decode((latents.float() / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 @dataclass

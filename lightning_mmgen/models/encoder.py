@@ -92,7 +92,7 @@ class Encoder(nn.Module, ABC):
         spans: dict[int, Span] = {}
         for text, slot in split(instruction, markers):
             if slot is None:
-                ids += self.tokenizer(text, add_special_tokens=False).input_ids
+                ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids  # "<image>" in it is no picture
                 continue
             before, after = self.spell(counts[slot])
             ids += self.tokenizer(before, add_special_tokens=False).input_ids
@@ -103,7 +103,9 @@ class Encoder(nn.Module, ABC):
             raise ValueError(f"the prompt has {len(ids)} tokens, more than max_tokens={self.max_tokens}: {instruction[:60]!r}")
         return ids, [spans[k] for k in range(len(counts))]
 
-    def embed(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> tuple[Tensor, Tensor, list[list[Span]]]:
+    def embed(
+        self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]
+    ) -> tuple[Tensor, Tensor, list[list[Span]]]:
         """Language-model inputs [b, n, d], their mask [b, n] (right-padded), and the spans of the references."""
         device = next(self.language.parameters()).device
         features: dict[tuple[int, int], Tensor] = {}
@@ -121,7 +123,9 @@ class Encoder(nn.Module, ABC):
         mask = torch.tensor([[True] * len(r) + [False] * (longest - len(r)) for r in rows], device=device)
         inputs = self.language.get_input_embeddings()(padded)  # type: ignore[operator]
         if features:
-            order = [features[b, s] for b, (t, m) in enumerate(zip(instructions, markers, strict=True)) for _, s in split(t, m) if s is not None]
+            order = [
+                features[b, s] for b, (t, m) in enumerate(zip(instructions, markers, strict=True)) for _, s in split(t, m) if s is not None
+            ]
             at = (padded == self.tokenizer.convert_tokens_to_ids(self.image_token)).unsqueeze(-1)
             inputs = inputs.masked_scatter(at, torch.cat(order).to(inputs.dtype))
         return inputs, mask, spans

@@ -24,7 +24,11 @@ class Idefics2Encoder(Encoder):
         attention: attention implementation of ``transformers``.
     """
 
-    transformers_names = {"vision": "model.vision_model", "projector": "model.connector.modality_projection", "language": "model.text_model"}
+    transformers_names = {
+        "vision": "model.vision_model",
+        "projector": "model.connector.modality_projection",
+        "language": "model.text_model",
+    }
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class Idefics2Encoder(Encoder):
         grid = torch.ones(n, h // self.patch_size, w // self.patch_size, dtype=torch.bool, device=pixels.device)
         pixels = pixels.to(next(self.vision.parameters()).dtype)
         patches = self.vision(pixel_values=pixels, patch_attention_mask=grid).last_hidden_state
-        tokens = self.projector(patches)
+        tokens = self.projector(patches.to(next(self.projector.parameters()).dtype))
         if self.norm:
             tokens = nn.functional.rms_norm(tokens.float(), tokens.shape[-1:]).to(tokens.dtype)
         return tokens

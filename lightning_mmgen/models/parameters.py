@@ -27,8 +27,7 @@ class Row:
         target_modules: ends of the names of the linear layers that get LoRA; by default the attention projections below the row,
             or every linear layer where there are none.
         weight_decay: of AdamW.
-        dtype: of the frozen weights (``bfloat16``, say); what is trained stays in float32.
-        device: where the module lives, if not with the rest.
+        dtype: of the frozen weights (``bfloat16``, say); what is trained is float32.
         checkpointing: recompute activations in the backward pass.
     """
 
@@ -41,7 +40,6 @@ class Row:
     target_modules: list[str] | None = None
     weight_decay: float = 0.01
     dtype: str | None = None
-    device: str | None = None
     checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -49,6 +47,10 @@ class Row:
             raise ValueError(f"parameter row {self.match!r}: a frozen row has no lr")
         if self.train != "frozen" and (self.lr is None or self.lr <= 0):
             raise ValueError(f"parameter row {self.match!r}: {self.train} needs a positive lr")
+        if self.train == "full" and self.dtype not in (None, "float32"):
+            raise ValueError(f"parameter row {self.match!r}: what is fully trained is float32; use trainer.precision for its arithmetic")
+        if self.train != "frozen" and self.match.split(".")[0] == "codec":
+            raise ValueError(f"parameter row {self.match!r}: the codec is not trained here")
         if self.train == "lora" and self.rank < 1:
             raise ValueError(f"parameter row {self.match!r}: rank must be 1 or more")
 
@@ -85,7 +87,7 @@ class ParameterTable:
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = list(rows)
-        if not any(r.covers("codec") for r in rows):
+        if not any(r.match.split(".")[0] == "codec" for r in rows):
             self.rows.append(Row("codec", "frozen"))
         names = [r.match for r in self.rows]
         if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -114,17 +116,21 @@ class ParameterTable:
             parts: dotted names of the parts, such as ``encoder.language`` and ``unet``.
 
         Raises:
-            ValueError: a row that matches nothing, a parameter without a row, LoRA dropouts that differ within a part.
+            ValueError: a row that matches nothing, a parameter without a row, LoRA dropouts that differ in a part, LoRA without a layer.
         """
         names = [n for n, _ in root.named_parameters()]
         held = {id(self.row_of(n)) for n in names}
         for row in self.rows:
             if id(row) not in held:
-                raise ValueError(f"parameter row {row.match!r} matches nothing; the parts are {', '.join(sorted({n.split('.')[0] for n in names}))}")
+                raise ValueError(
+                    f"parameter row {row.match!r} matches nothing; the parts are {', '.join(sorted({n.split('.')[0] for n in names}))}"
+                )
         for name, parameter in root.named_parameters():
             row = self.row_of(name)
             parameter.requires_grad_(row.train == "full")
-            if row.train != "full" and row.dtype and parameter.dtype.is_floating_point:
+            if row.train == "full":
+                parameter.data = parameter.data.float()
+            elif row.dtype and parameter.dtype.is_floating_point:
                 parameter.data = parameter.data.to(getattr(torch, row.dtype))
         for part in parts:
             self._inject(root.get_submodule(part), part)
@@ -137,7 +143,7 @@ class ParameterTable:
         """Add the LoRA layers of all rows that reach into one part, as one PEFT adapter with rank and alpha patterns."""
         chosen: dict[str, Row] = {}
         for row in (r for r in self.rows if r.train == "lora"):
-            linear = [n for n, m in part.named_modules() if isinstance(m, nn.Linear) and self.row_of(f"{name}.{n}.weight") is row]
+            linear = [n for n, m in part.named_modules() if _takes_lora(m) and self.row_of(f"{name}.{n}.weight") is row]
             ends = row.target_modules or [e for e in ATTENTION if any(_ends(n, e) for n in linear)] or linear
             for n in linear:
                 if any(_ends(n, e) for e in ends):
@@ -153,7 +159,9 @@ class ParameterTable:
             lora_dropout=first.dropout,
             target_modules="|".join(re.escape(n) for n in chosen),
             rank_pattern={f"^{re.escape(n)}$": r.rank for n, r in chosen.items() if r.rank != first.rank},
-            alpha_pattern={f"^{re.escape(n)}$": r.alpha or r.rank for n, r in chosen.items() if (r.alpha or r.rank) != (first.alpha or first.rank)},
+            alpha_pattern={
+                f"^{re.escape(n)}$": r.alpha or r.rank for n, r in chosen.items() if (r.alpha or r.rank) != (first.alpha or first.rank)
+            },
         )
         trained = [p for p in part.parameters() if p.requires_grad]
         inject_adapter_in_model(config, part)
@@ -165,15 +173,17 @@ class ParameterTable:
 
     def _checkpoint(self, root: nn.Module, row: Row) -> None:
         """Switch on activation checkpointing in the outermost modules of the row that offer it."""
-        found = False
+        found: list[str] = []
         for name, module in root.named_modules():
-            if row.covers(name) and not found:
-                if hasattr(module, "gradient_checkpointing_enable"):
-                    module.gradient_checkpointing_enable({"use_reentrant": False})
-                    found = True
-                elif hasattr(module, "enable_gradient_checkpointing"):
-                    module.enable_gradient_checkpointing()
-                    found = True
+            if not row.covers(name) or self.row_of(name) is not row or any(name.startswith(f + ".") for f in found):
+                continue
+            if hasattr(module, "gradient_checkpointing_enable"):
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+                module.train()  # else transformers does not recompute
+                found.append(name)
+            elif hasattr(module, "enable_gradient_checkpointing"):
+                module.enable_gradient_checkpointing()
+                found.append(name)
         if not found:
             raise ValueError(f"parameter row {row.match!r}: nothing there supports activation checkpointing")
 
@@ -186,6 +196,10 @@ class ParameterTable:
                 state.trainable += p.numel()
                 state.parameters.append((name, p))
         self.states = list(states.values())
+        for state in self.states:
+            if state.row.train == "lora" and not state.trainable:
+                wanted = f" named {', '.join(state.row.target_modules)}" if state.row.target_modules else ""
+                raise ValueError(f"parameter row {state.row.match!r}: no linear layer{wanted} there, so LoRA trains nothing")
 
     def groups(self) -> list[dict[str, object]]:
         """One optimizer group a trained row, named after it."""
@@ -214,6 +228,11 @@ class ParameterTable:
         """The table for TensorBoard's text page."""
         rows = [" | ".join(r) for r in self.table()]
         return "\n".join([rows[0], " | ".join(["---"] * 5), *rows[1:]])
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    """Linear layers but for the output of ``nn.MultiheadAttention``, which reads the weight and would pass LoRA by."""
+    return isinstance(module, nn.Linear) and not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _ends(name: str, end: str) -> bool:

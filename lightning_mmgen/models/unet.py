@@ -34,7 +34,8 @@ class UNetConfig:
         place = {"subfolder": self.subfolder} if self.subfolder else {}
         if weights and not self.from_scratch:
             return UNet2DConditionModel.from_pretrained(locate(self.pretrained), torch_dtype=getattr(torch, self.dtype), **place)
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(locate(self.pretrained), **place))
+        config = UNet2DConditionModel.load_config(locate(self.pretrained), **place)
+        return UNet2DConditionModel.from_config(config).to(getattr(torch, self.dtype))
 
 
 def pooled_features(unet: UNet2DConditionModel) -> int:
@@ -43,7 +44,9 @@ def pooled_features(unet: UNet2DConditionModel) -> int:
     if config.addition_embed_type is None:
         return 0
     if config.addition_embed_type != "text_time":
-        raise ValueError(f"UNet with addition_embed_type={config.addition_embed_type!r} is not supported; text_time (SDXL) and none (SD1.5) are")
+        raise ValueError(
+            f"UNet with addition_embed_type={config.addition_embed_type!r} is not supported; text_time (SDXL) and none (SD1.5) are"
+        )
     return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
 
 
@@ -59,7 +62,7 @@ def denoise(unet: UNet2DConditionModel, z_t: Tensor, timesteps: Tensor, conditio
     Returns:
         The prediction [b, c, h, w].
     """
-    added = None
+    z_t, added = z_t.to(unet.dtype), None
     if condition.pooled is not None:
         ids = torch.tensor([*side, 0, 0, *side], dtype=z_t.dtype, device=z_t.device).expand(len(z_t), 6)
         added = {"text_embeds": condition.pooled.to(z_t.dtype), "time_ids": ids}

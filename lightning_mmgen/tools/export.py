@@ -37,7 +37,7 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     """
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
-    adapter_config, unet_config, codec_config = module.parts
+    _, unet_config, codec_config = module.parts
     full = {n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n}
     adapter = copy.deepcopy(module.adapter).to(dtype or torch.float32)
     adapter.save_pretrained(root / "adapter")
@@ -49,13 +49,19 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     if config := lora_config(module.unet):
         weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(module.unet, adapter_name="default"))
         metadata = {f"unet.{k}": v for k, v in _plain_config(config).items()}
-        save_file(_contiguous(weights, "unet."), root / UNET_LORA, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)})
+        save_file(
+            _contiguous(weights, "unet."), root / UNET_LORA, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)}
+        )
     if config := lora_config(module.encoder):
         _save_encoder_lora(module.encoder, config, root / "encoder_lora")
     index = {
         "_class_name": "MultimodalPipeline",
         "_library": "lightning_mmgen",
-        "encoder": {"module": type(module.encoder).__module__.rsplit(".", 1)[-1], "class": type(module.encoder).__name__, "init": module.encoder.settings()},
+        "encoder": {
+            "module": type(module.encoder).__module__.rsplit(".", 1)[-1],
+            "class": type(module.encoder).__name__,
+            "init": module.encoder.settings(),
+        },
         "unet": {"module": "unet", "class": "UNetConfig", "init": {**asdict(unet_config), "from_scratch": False}},
         "codec": {"module": "codec", "class": "CodecConfig", "init": asdict(codec_config)},
         "sampler": asdict(module.sampler),
@@ -79,7 +85,9 @@ def load_lora(encoder: Encoder, unet: UNet2DConditionModel, root: Path) -> None:
             setattr(config, key, {_rename(n.strip("^$"), names): v for n, v in getattr(config, key).items()})
         config.target_modules = [_rename(n, names) for n in sorted(config.target_modules or [])]
         inject_adapter_in_model(_exact(config), encoder)
-        weights = {_rename(n.removeprefix("base_model.model."), names): v for n, v in load_file(folder / "adapter_model.safetensors").items()}
+        weights = {
+            _rename(n.removeprefix("base_model.model."), names): v for n, v in load_file(folder / "adapter_model.safetensors").items()
+        }
         set_peft_model_state_dict(encoder, weights)
 
 
@@ -142,7 +150,11 @@ def _plain_unet(unet: UNet2DConditionModel, dtype: torch.dtype | None) -> UNet2D
 
 def _plain_config(config: LoraConfig) -> dict[str, Any]:
     values = config.to_dict()
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items() if isinstance(v, (str, int, float, bool, list, dict, set, type(None)))}
+    return {
+        k: sorted(v) if isinstance(v, set) else v
+        for k, v in values.items()
+        if isinstance(v, (str, int, float, bool, list, dict, set, type(None)))
+    }
 
 
 def _contiguous(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     """
     if args.count < 1:
         raise ValueError(f"--count must be 1 or more, not {args.count}")
-    references = tuple(Reference(k + 1, str(Path(r).resolve())) for k, r in enumerate(args.ref))
+    references = tuple(Reference(k + 1, Path(r).read_bytes()) for k, r in enumerate(args.ref))
     prompt = MultimodalPrompt(args.prompt, references)
     if args.ckpt:
         module = load_module(args.ckpt)

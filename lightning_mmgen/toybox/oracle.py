@@ -87,7 +87,9 @@ def _toy(flat: Array, away: Array, mask: NDArray[np.bool_], ground: float) -> Se
     return Seen(toy, size, float(cx) + 0.5, float(cy) + 0.5)
 
 
-def _fit(shape: str, soft: Array, x: Array, y: Array, start: tuple[float, ...], steps: tuple[float, ...]) -> tuple[float, tuple[float, ...]]:
+def _fit(
+    shape: str, soft: Array, x: Array, y: Array, start: tuple[float, ...], steps: tuple[float, ...]
+) -> tuple[float, tuple[float, ...]]:
     """Coordinate descent on centre and half-extents: the squared error of the silhouette, and where it is least."""
 
     def error(at: tuple[float, ...]) -> float:
@@ -143,8 +145,10 @@ def _texture(value: Array, u: Array, v: Array, extent: float) -> tuple[str, floa
     low, high = TRAITS["pitch"]
     for texture in TEXTURES[1:]:
         pitches, phases = np.meshgrid(np.linspace(low, high, 15), np.arange(16) / 16, indexing="ij")
-        error, pitch, phase = _search(texture, tone, u, v, pitches, phases, extent)
-        pitches, phases = np.meshgrid(np.clip(pitch + np.linspace(-0.1, 0.1, 9), low, high), phase + np.linspace(-0.06, 0.06, 9), indexing="ij")
+        _, pitch, phase = _search(texture, tone, u, v, pitches, phases, extent)
+        pitches, phases = np.meshgrid(
+            np.clip(pitch + np.linspace(-0.1, 0.1, 9), low, high), phase + np.linspace(-0.06, 0.06, 9), indexing="ij"
+        )
         results[texture] = _search(texture, tone, u, v, pitches, phases, extent)
     texture = min(results, key=lambda t: results[t][0])
     return texture, results[texture][1], results[texture][2] % 1.0
@@ -217,7 +221,9 @@ def _match(reading: Reading, truth: Truth) -> list[Seen | None]:
     seen: list[Seen | None] = [*reading.toys, *[None] * len(wanted)]
 
     def worth(pick: tuple[Seen | None, ...]) -> tuple[int, float]:
-        right = sum(getattr(s.toy, n) == getattr(p.toy, n) for p, s in zip(wanted, pick, strict=True) if s for n in ("shape", "colour", "texture"))
+        right = sum(
+            getattr(s.toy, n) == getattr(p.toy, n) for p, s in zip(wanted, pick, strict=True) if s for n in ("shape", "colour", "texture")
+        )
         far = sum(np.hypot(s.x - p.x, s.y - p.y) for p, s in zip(wanted, pick, strict=True) if s)
         return sum(s is not None for s in pick) * 100 + right, -float(far)
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-
 from transformers import PreTrainedTokenizerFast
 
 from ..batch import pack
 from ..data.images import pixels
+from ..metrics.clip import MEAN, STD
 from ..models.idefics2 import Idefics2Encoder
 from ..prompt import Record
 from .render import draw
@@ -28,9 +28,7 @@ from .world import random_scene
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up, then a cosine to zero at ``steps`` optimizer steps."""
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(i / steps, 1.0))))
-    )
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warmup, 0.5 * (1 + np.cos(np.pi * min(i / steps, 1.0)))))
 
 
 class Pictures(Dataset[Tensor]):
@@ -142,21 +140,78 @@ class Records(Dataset[Record]):
         return TASKS[str(rng.choice(list(self.tasks), p=share / share.sum()))](rng, False)
 
 
-def build_tokenizer(vocab_size: int, seed: int = 0) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer learned from the toybox's own texts, with Idefics2's special tokens; any text can be spelt."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def build_tokenizer(vocab_size: int, special: tuple[str, ...], frame: bool = False, seed: int = 0) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer learned from the toybox's own texts; any text can be spelt.
 
-    special = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>"]
+    Args:
+        special: special tokens, in the order of their ids.
+        frame: put ``<s>`` before and ``</s>`` after every text.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     raw = Tokenizer(models.BPE())
-    raw.decoder = decoders.ByteLevel()
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
     records = Records(len(TASKS) * 1000, seed, dict.fromkeys(TASKS, 1.0))
     texts = (f"{r.prompt().instruction} {r.answer or ''}" for r in (records[i] for i in range(len(records))))
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    raw.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", additional_special_tokens=special[4:]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
+    raw.train_from_iterator(texts, trainer)
+    if frame:
+        ends = [(t, raw.token_to_id(t)) for t in ("<s>", "</s>")]
+        raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=list(special[4:]), **names)
+
+
+class CLIPPretraining(Pretraining):
+    """A small CLIP on (picture, caption), with the contrastive loss of Radford et al. 2021."""
+
+    def __init__(
+        self,
+        out: str,
+        vision: dict[str, int],
+        text: dict[str, int],
+        width: int = 64,
+        lr: float = 1e-3,
+        batch_size: int = 64,
+        warmup: int = 100,
+        seed: int = 0,
+        ema: float = 0.99,
+    ) -> None:
+        super().__init__(out, lr, batch_size, warmup, seed, ema)
+        from transformers import CLIPConfig, CLIPModel
+
+        self.tokenizer = build_tokenizer(
+            text["vocab_size"], ("<pad>", "<unk>", "<s>", "</s>"), frame=True
+        )  # </s> is 3: CLIP treats an end token 2 as legacy
+        ids = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+        self.net = CLIPModel(CLIPConfig(text_config={**text, **ids}, vision_config=vision, projection_dim=width))
+
+    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
+        return batch
+
+    def training_step(self, records: list[Record], _: int) -> Tensor:
+        side = self.net.config.vision_config.image_size  # type: ignore[union-attr]
+        pictures = torch.stack([pixels(r.target, side) for r in records if r.target is not None])
+        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+        text = self.tokenizer([r.caption or "" for r in records], padding=True, return_tensors="pt")
+        out = self.net(
+            input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=((pictures + 1) / 2 - mean) / std, return_loss=True
+        )
+        right = (out.logits_per_image.argmax(1) == torch.arange(len(records))).float().mean()
+        self.log_dict({"loss/contrastive": out.loss, "accuracy": right}, prog_bar=True)
+        return out.loss  # type: ignore[no-any-return]
+
+    def on_fit_end(self) -> None:
+        self.tokenizer.save_pretrained(self.out)
+        super().on_fit_end()
+
+    def train_dataloader(self) -> DataLoader[Record]:
+        return DataLoader(
+            Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, {"caption": 1.0}), self.batch_size, collate_fn=list
+        )
 
 
 class VLMPretraining(Pretraining):
@@ -179,13 +234,28 @@ class VLMPretraining(Pretraining):
         from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
         self.tasks, self.reference_size = tasks, reference_size
-        self.tokenizer = build_tokenizer(text["vocab_size"])
+        special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
+        self.tokenizer = build_tokenizer(text["vocab_size"], special)
         ids = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
         width = text["hidden_size"]
-        perceiver = {"hidden_size": width, "resampler_n_latents": 8, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16, "num_key_value_heads": 1}
+        perceiver = {
+            "hidden_size": width,
+            "resampler_n_latents": 8,
+            "resampler_depth": 1,
+            "resampler_n_heads": 2,
+            "resampler_head_dim": 16,
+            "num_key_value_heads": 1,
+        }
         config = Idefics2Config(
             vision_config=vision,
-            text_config={**text, **ids, "model_type": "mistral", "max_position_embeddings": 2048, "sliding_window": None, "tie_word_embeddings": True},
+            text_config={
+                **text,
+                **ids,
+                "model_type": "mistral",
+                "max_position_embeddings": 2048,
+                "sliding_window": None,
+                "tie_word_embeddings": True,
+            },
             perceiver_config=perceiver,
             image_token_id=self.tokenizer.convert_tokens_to_ids("<image>"),
             tie_word_embeddings=True,
@@ -201,11 +271,17 @@ class VLMPretraining(Pretraining):
         texts = [r.prompt().instruction for r in records]
         full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
-        references = pack([[pixels(ref.image, self.reference_size if r.task == "naming" else None) for ref in r.references] for r in records])
+        references = pack(
+            [[pixels(ref.image, self.reference_size if r.task == "naming" else None) for ref in r.references] for r in records]
+        )
         inputs, mask, _ = self.encoder.embed(full, markers, references)
         hidden = self.encoder.language(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False).last_hidden_state
         labels = torch.full(mask.shape, -100)
-        sizes = {(int(s), int(k)): self.encoder.tokens_of(*g.pixels.shape[-2:]) for g in references for s, k in zip(g.sample, g.slot, strict=True)}
+        sizes = {
+            (int(s), int(k)): self.encoder.tokens_of(*g.pixels.shape[-2:])
+            for g in references
+            for s, k in zip(g.sample, g.slot, strict=True)
+        }
         for b, (record, text) in enumerate(zip(records, texts, strict=True)):
             count = [sizes[b, k] for k in range(len(markers[b]))]
             ids, _ = self.encoder.tokenise(full[b], markers[b], count)

@@ -57,7 +57,10 @@ def second_tone(texture: str, u: Array, v: Array, pitch: float | Array, phase: f
     """How much of a texture's second tone lies at (u, v) in [-1, 1]^2, in [0, 1]; ``soft`` is the edge's width in cycles."""
     if texture == "solid":
         return np.zeros(np.broadcast_shapes(u.shape, v.shape, np.shape(pitch)), np.float32)
-    stripes, bands = np.cos(2 * np.pi * (u * pitch / 2 + phase)), np.cos(2 * np.pi * (v * pitch / 2 + (phase if texture == "banded" else 0)))
+    stripes, bands = (
+        np.cos(2 * np.pi * (u * pitch / 2 + phase)),
+        np.cos(2 * np.pi * (v * pitch / 2 + (phase if texture == "banded" else 0))),
+    )
     level = {"striped": stripes, "banded": bands, "checkered": stripes * bands}[texture]
     return np.clip(0.5 - level / (2 * np.pi * soft), 0, 1)
 

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from ..prompt import Box, Record, Reference
 from .render import SIDE, draw, portrait
-from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, place, random_scene
+from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, place, random_scene
 
 REFERENCE_SIDE = 48
 PREFIXES = ("", "", "draw ", "generate an image of ", "a picture of ")
@@ -88,7 +88,14 @@ def crops(rng: np.random.Generator, held: bool) -> Record:
     target, names, refs = picture(scene), [], []
     for k, (placed, box) in enumerate(zip(scene.toys, boxes(scene), strict=True)):
         names.append(f"[ref#{k + 1}] {placed.toy.words()}")
-        refs.append(Reference(k + 1, target.crop((int(box.left) - 1, int(box.top) - 1, int(box.right) + 1, int(box.bottom) + 1)), placed.toy.words(), "crop"))
+        refs.append(
+            Reference(
+                k + 1,
+                target.crop((int(box.left) - 1, int(box.top) - 1, int(box.right) + 1, int(box.bottom) + 1)),
+                placed.toy.words(),
+                "crop",
+            )
+        )
     truth = Truth(scene, tuple((k, k + 1) for k in range(len(names))), True, True)
     return _record("crops", scene.caption(names), scene, refs, truth)
 
@@ -121,9 +128,9 @@ def control_image(scene: Scene, kind: str) -> Image:
         for placed, mask in zip(scene.toys, masks, strict=True):
             depth = depth * (1 - mask) + (0.9 if placed.size == "large" else 0.7) * mask
         return _mask(depth)
-    source = pixels.astype(np.float32).mean(-1) / 255 if kind == "edge" else np.maximum.reduce(masks)
-    dy, dx = np.gradient(source)
-    return _mask(np.clip(np.hypot(dx, dy) * 4, 0, 1) if kind == "edge" else 1 - np.clip(np.hypot(dx, dy) * 2, 0, 1))
+    source = pixels.astype(np.float32) / 255 if kind == "edge" else np.maximum.reduce(masks)[..., None]
+    slope = np.hypot(*np.gradient(source, axis=(0, 1))).max(-1)  # of the channel that changes most
+    return _mask(np.clip(slope * 4, 0, 1) if kind == "edge" else 1 - np.clip(slope * 2, 0, 1))
 
 
 def control(rng: np.random.Generator, held: bool, kind: str | None = None) -> Record:
@@ -146,7 +153,11 @@ def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | No
         new = str(rng.choice([s for s in STYLES if s != scene.style]))
         return f"make it {new} style", replace(scene, style=new), None
     taken = {p.toy.colour for p in scene.toys} | {scene.background}
-    pool = {"colour": [c for c in COLOURS if c not in taken], "texture": [t for t in TEXTURES if t != toy.texture], "shape": [s for s in SHAPES if s != toy.shape]}
+    pool = {
+        "colour": [c for c in COLOURS if c not in taken],
+        "texture": [t for t in TEXTURES if t != toy.texture],
+        "shape": [s for s in SHAPES if s != toy.shape],
+    }
     new = str(rng.choice(pool[kind]))
     edited = replace(placed, toy=replace(toy, **{kind: new}))
     toys = tuple(edited if i == k else p for i, p in enumerate(scene.toys))
@@ -164,11 +175,23 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
     scene, name, out = random_scene(rng, held=held), f"s{rng.integers(1 << 40):010x}", []
     for turn in range(turns):
         text, after, k = change(rng, scene)
+        while not held and held_out(tuple(p.toy for p in after.toys)):  # training never sees a held-out combination
+            text, after, k = change(rng, scene)
         cover = np.ones((SIDE, SIDE)) if k is None else np.maximum(draw(scene)[1][k], draw(after)[1][k])
         shown = tuple((i, 1) for i in range(len(scene.toys)))
         refs = [Reference(1, picture(scene), "picture", "source")]
         out.append(
-            _record("edit", f"In the [ref#1] picture, {text}", after, refs, Truth(after, shown), source_caption=scene.caption(), mask=_mask(cover), session=name, turn=turn)
+            _record(
+                "edit",
+                f"In the [ref#1] picture, {text}",
+                after,
+                refs,
+                Truth(after, shown),
+                source_caption=scene.caption(),
+                mask=_mask(cover),
+                session=name,
+                turn=turn,
+            )
         )
         scene = after
     return out
@@ -205,7 +228,15 @@ def question(rng: np.random.Generator, held: bool) -> Record:
         pool.pop("colour")
     kind = str(rng.choice(list(pool)))
     ask, answer = pool[kind]
-    return Record("[ref#1]", (Reference(1, picture(scene), "", "content"),), caption=scene.caption(), task="question", question=ask, answer=answer, extra={"truth": Truth(scene)})
+    return Record(
+        "[ref#1]",
+        (Reference(1, picture(scene), "", "content"),),
+        caption=scene.caption(),
+        task="question",
+        question=ask,
+        answer=answer,
+        extra={"truth": Truth(scene)},
+    )
 
 
 def naming(rng: np.random.Generator, held: bool) -> Record:

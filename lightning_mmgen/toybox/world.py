@@ -29,7 +29,7 @@ PLACES = {"left of": ((17, 32), (47, 32)), "above": ((32, 17), (32, 47))}  # (x,
 SPOTS = {"in the centre": (32, 32), "on the left": (19, 32), "on the right": (45, 32), "at the top": (32, 19), "at the bottom": (32, 45)}
 
 # The unnamed traits and their ranges. A phase is cyclic: its range is the circle.
-TRAITS = {"hue": (-12.0, 12.0), "pitch": (1.6, 3.0), "phase": (0.0, 1.0), "outline": (0.0, 0.11), "aspect": (-0.25, 0.25)}
+TRAITS = {"hue": (-12.0, 12.0), "pitch": (1.2, 2.2), "phase": (0.0, 1.0), "outline": (0.0, 0.11), "aspect": (-0.25, 0.25)}
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,8 @@ def place(rng: np.random.Generator, toys: tuple[Toy, ...], background: str | Non
     free = [b for b in BACKGROUNDS if b not in {t.colour for t in toys}]
     background = background or str(rng.choice(free))
     placed = tuple(
-        Placed(t, str(rng.choice(list(SIZES))), x + rng.uniform(-1, 1), y + rng.uniform(-1, 1)) for t, (x, y) in zip(toys, centres, strict=True)
+        Placed(t, str(rng.choice(list(SIZES))), x + rng.uniform(-1, 1), y + rng.uniform(-1, 1))
+        for t, (x, y) in zip(toys, centres, strict=True)
     )
     return Scene(placed, background, style or str(rng.choice(STYLES)), where)
 

@@ -1,0 +1,1 @@
+"""The ``mmgen`` command: what there is to do besides training."""

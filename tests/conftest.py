@@ -1,0 +1,99 @@
+"""Tiny parts, made from configurations with random weights: what a test builds a model of."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+
+from lightning_mmgen.models.adapter import Adapter
+from lightning_mmgen.models.idefics2 import Idefics2Encoder
+from lightning_mmgen.models.weights import locate
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of an Idefics2: patches of 4 px, pictures of 16 px, hidden states of width 24."""
+    folder = tmp_path_factory.mktemp("vlm")
+    wide = {"initializer_range": 0.2}  # so that every input shows in the output
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, **wide}
+    vision |= {"image_size": 16, "patch_size": 4}
+    text = {"model_type": "mistral", "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, **wide}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6}
+    text |= {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    perceiver = {"hidden_size": 24, "resampler_n_latents": 4, "resampler_depth": 1, **wide}
+    perceiver |= {"resampler_n_heads": 2, "resampler_head_dim": 8, "num_key_value_heads": 1}
+    config = Idefics2Config(vision_config=vision, text_config=text, perceiver_config=perceiver, image_token_id=4)
+    torch.manual_seed(0)
+    Idefics2ForConditionalGeneration(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(locate("toybox/vlm")) / name, folder)
+    return folder
+
+
+@pytest.fixture
+def encoder(vlm: Path) -> Idefics2Encoder:
+    """The VLM with a budget of 16 tokens a picture."""
+    encoder = Idefics2Encoder(str(vlm), image_tokens=16)
+    encoder.build()
+    return encoder
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    """From the tiny VLM to the SDXL-shaped UNet."""
+    return Adapter(in_features=24, out_features=16, pooled_features=12, layers=2, heads=2, width=8, pooled="mean")
+
+
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (8, 16),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+    "attention_head_dim": (2, 4),
+}
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    """SDXL-shaped: attention from the second level on, a pooled vector of width 12."""
+    return UNet2DConditionModel(
+        **UNET,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 12,
+    )
+
+
+@pytest.fixture
+def sd15_unet() -> UNet2DConditionModel:
+    """SD1.5-shaped: attention from the first level on, no pooled vector."""
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    return UNet2DConditionModel(**UNET, down_block_types=down, up_block_types=up)
+
+
+@pytest.fixture
+def vae() -> AutoencoderKL:
+    """Two pixels a latent, four channels, with a scale and a shift."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.3,
+    )

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mmgen.batch import Condition, Span
+from lightning_mmgen.models.adapter import Adapter, AdapterConfig
+
+
+def condition(*lengths: int) -> Condition:
+    """Random tokens of width 24, one sample a length, right-padded."""
+    n = max(lengths)
+    mask = torch.tensor([[i < length for i in range(n)] for length in lengths])
+    return Condition(torch.randn(len(lengths), n, 24), mask, [[Span(1, 2)] for _ in lengths])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+def test_shapes(adapter: Adapter, mode: str) -> None:
+    adapter.train(mode == "train")
+    given = condition(5, 3)
+    with torch.set_grad_enabled(mode != "inference"):
+        out = adapter(given)
+    assert out.tokens.shape == (2, 5, 16) and out.pooled is not None and out.pooled.shape == (2, 12)
+    assert torch.equal(out.mask, given.mask) and out.spans == given.spans
+
+
+def test_all_modes_compute_the_same(adapter: Adapter) -> None:
+    given = condition(5, 3)
+    train = adapter(given)
+    with torch.no_grad():
+        inference = adapter.eval()(given)
+    torch.testing.assert_close(inference.tokens[given.mask], train.tokens[given.mask], rtol=0, atol=1e-5)
+    torch.testing.assert_close(inference.pooled, train.pooled, rtol=0, atol=1e-5)
+
+
+def test_a_late_token_changes_an_early_output(adapter: Adapter) -> None:
+    given = condition(5)
+    other = given._replace(tokens=given.tokens.clone())
+    other.tokens[0, 4] += torch.randn(24)
+    assert (adapter(given).tokens[0, 0] - adapter(other).tokens[0, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_has_no_effect_on_real_tokens(adapter: Adapter, training: bool) -> None:
+    adapter.train(training)
+    given = condition(6, 3)
+    alone = Condition(given.tokens[1:, :3], given.mask[1:, :3], [[]])
+    with torch.set_grad_enabled(training):
+        together, single = adapter(given), adapter(alone)
+        other = adapter(given._replace(tokens=torch.where(given.mask[..., None], given.tokens, 1e3)))
+    for out in (together, other):
+        torch.testing.assert_close(out.tokens[1:, :3], single.tokens, rtol=0, atol=1e-5)
+        torch.testing.assert_close(out.pooled[1:], single.pooled, rtol=0, atol=1e-5)
+
+
+def test_pooled_projects_the_masked_mean_of_the_last_norm(adapter: Adapter) -> None:
+    given, seen = condition(5, 3), []
+    adapter.norm_out.register_forward_hook(lambda _, args, out: seen.append(out))
+    pooled = adapter(given).pooled
+    for b, length in enumerate((5, 3)):
+        mean = sum(seen[0][b, i] for i in range(length)) / length
+        torch.testing.assert_close(pooled[b], adapter.project_pooled(mean), rtol=0, atol=1e-5)
+
+
+def test_pooled_zeros_are_zeros_without_a_projection() -> None:
+    adapter = AdapterConfig(layers=1, heads=2, width=8, pooled="zeros").build(24, 16, 12)
+    assert torch.equal(adapter(condition(4)).pooled, torch.zeros(1, 12))
+    assert not any("pooled" in n for n, _ in adapter.named_parameters())
+
+
+def test_no_pooled_vector_where_the_unet_takes_none() -> None:
+    assert AdapterConfig(layers=1, heads=2, width=8).build(24, 16, 0)(condition(4)).pooled is None
+
+
+def test_config_sets_layers_heads_and_width() -> None:
+    adapter = AdapterConfig(layers=3, heads=2).build(24, 16, 12)
+    assert len(adapter.blocks) == 3 and adapter.config.width == 16 and adapter.config.heads == 2
+    assert AdapterConfig(layers=1, heads=1, width=8).build(24, 16, 12).project_in.out_features == 8
+    one, two = (AdapterConfig(layers=1, heads=h, width=8).build(24, 16, 12) for h in (1, 2))
+    two.load_state_dict(one.state_dict())
+    given = condition(4)
+    assert not torch.allclose(one(given).tokens, two(given).tokens, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(adapter: Adapter) -> None:
+    out = adapter(condition(5, 3))
+    (out.tokens[out.mask].square().sum() + out.pooled.square().sum()).backward()
+    for name, parameter in adapter.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_saved_and_loaded_it_computes_the_same(adapter: Adapter, tmp_path: Path) -> None:
+    adapter.save_pretrained(tmp_path)
+    loaded = AdapterConfig(pretrained=str(tmp_path)).build(24, 16, 12)
+    given = condition(5, 3)
+    assert dict(loaded.config) | {"_name_or_path": ""} == dict(adapter.config) | {"_name_or_path": ""}
+    torch.testing.assert_close(loaded(given).tokens, adapter(given).tokens, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded(given).pooled, adapter(given).pooled, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("ends", [(20, 16, 12), (24, 20, 12), (24, 16, 0)])
+def test_a_saved_adapter_of_other_widths_raises(adapter: Adapter, tmp_path: Path, ends: tuple[int, int, int]) -> None:
+    adapter.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="widths"):
+        AdapterConfig(pretrained=str(tmp_path)).build(*ends)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_checkpointing_recomputes_and_gives_equal_gradients(adapter: Adapter, training: bool) -> None:
+    adapter.train(training)
+    given, calls = condition(5, 3), []
+    adapter.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    plain = gradients(adapter, given)
+    assert len(calls) == 1
+    adapter.enable_gradient_checkpointing()
+    recomputed = gradients(adapter, given)
+    assert len(calls) == 3
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=1e-5, msg=name)
+
+
+def gradients(adapter: Adapter, given: Condition) -> dict[str, Any]:
+    adapter.zero_grad()
+    adapter(given).tokens[given.mask].square().sum().backward()
+    return {n: p.grad.clone() for n, p in adapter.named_parameters() if p.grad is not None}

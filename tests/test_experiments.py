@@ -1,0 +1,142 @@
+"""Every YAML under ``experiments/`` runs through the real command line; the true-size forms are built without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_mmgen.batch import Batch, PackedImages
+from lightning_mmgen.cli import main
+from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ROOT / "experiments"
+RECIPES = sorted(p for p in EXPERIMENTS.glob("*.yaml"))
+PRETRAINING = sorted((EXPERIMENTS / "toybox").glob("*.yaml"))
+OVERLAYS = sorted(p for p in (EXPERIMENTS / "overlays").glob("*.yaml"))
+TRUE_SIZE = {"idefics2_sdxl": ("sdxl", 1024, 2048, 1280), "sd15": ("sd15", 512, 768, None)}
+
+
+def test_an_experiment_reads_like_a_table() -> None:
+    for path in EXPERIMENTS.rglob("*.yaml"):
+        assert len(path.read_text().splitlines()) < 100, path
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    overlay = EXPERIMENTS / "overlays" / "toybox.yaml"
+    cli = main(["fit", "-c", str(recipe), "-c", str(overlay), "--trainer.fast_dev_run=true", "--data.init_args.batch_size=2"])
+    assert cli.trainer.global_step == 1
+    assert torch.isfinite(cli.trainer.callback_metrics["loss"])
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda p: p.stem)
+def test_what_made_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    batch = "--data.init_args.batch_size=2" if recipe.stem == "base" else "--model.init_args.batch_size=2"
+    cli = main(["fit", "-c", str(recipe), "--trainer.fast_dev_run=true", batch])
+    assert cli.trainer.global_step == 1
+
+
+def test_an_overlay_there_and_back_changes_names_and_sizes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [EXPERIMENTS / "instruct.yaml", *(EXPERIMENTS / "overlays" / f"{n}.yaml" for n in ("idefics2_sdxl", "toybox"))]
+    cli = main(["fit", *(x for f in files for x in ("-c", str(f))), "--trainer.fast_dev_run=true", "--data.init_args.batch_size=2"])
+    assert cli.trainer.global_step == 1
+    assert [r.lr for r in cli.model.table.rows][:5] == [None, 3e-6, 3e-6, 1e-5, 5e-6]  # Table 1's rates stay
+
+
+def true_size(overlay: str, monkeypatch: pytest.MonkeyPatch) -> MultimodalDiffusion:
+    """The module of a recipe with a true-size overlay, its hub names replaced by committed configurations, on the meta device."""
+    monkeypatch.chdir(ROOT)
+    name = TRUE_SIZE[overlay][0]
+    names = [f"--model.init_args.{part}.pretrained=tests/configs/{name}" for part in ("unet", "codec")]
+    names.append("--model.init_args.encoder.init_args.pretrained=tests/configs/idefics2-8b")
+    data = ["--data.init_args.train=tests/configs/one.jsonl", "--data.init_args.held_out=tests/configs/one.jsonl"]
+    trainer = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null", "--trainer.fast_dev_run=true"]
+    files = ["-c", "experiments/instruct.yaml", "-c", f"experiments/overlays/{overlay}.yaml"]
+    model = main([*files, *names, *data, *trainer], run=False).model
+    with torch.device("meta"):
+        model.build(weights=False)
+    return model
+
+
+@pytest.mark.parametrize("overlay", TRUE_SIZE)
+def test_true_size(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = true_size(overlay, monkeypatch)
+    _, side, width, pooled = TRUE_SIZE[overlay]
+    counts = {s.row.match: (s.trainable, s.total - s.trainable) for s in model.table.states}
+    assert counts["encoder.vision"] == (0, 417_792_240)
+    assert counts["encoder.projector"] == (395_264, 91_750_400)  # 8 x (1152 + 14336) x 2 + 8 x (14336 + 4096)
+    assert counts["encoder.language"] == (6_815_744, 7_110_672_384)
+    assert counts["unet"][1] == {"sdxl": 2_567_463_684, "sd15": 859_520_964}[TRUE_SIZE[overlay][0]]  # published sizes
+    assert counts["unet"][0] == lora_size(model.unet, 8)
+    assert counts["adapter"][1] == 0
+    assert counts["codec"] == (0, 83_653_863)
+
+    groups = [PackedImages(torch.empty(3, 3, 252, 252), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]))]
+    texts, markers = ["a [ref#1] man on a [ref#2] scooter", "a [ref#1] cat"], [[1, 2], [1]]
+    draw = SampleNoise(torch.tensor([1, 2]), (4, side // 8, side // 8), model.diffusion)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        as_fake(model)
+        batch = Batch(
+            texts,
+            markers,
+            [g._replace(pixels=mode.from_tensor(g.pixels)) for g in groups],
+            torch.empty(2, 3, side, side),
+            [],
+            [],
+            torch.zeros(2),
+        )
+        step = model.train().predict(batch, draw)
+        step.prediction.float().mean().backward()
+    assert step.prediction.shape == (2, 4, side // 8, side // 8)
+    assert step.condition.tokens.shape == (2, step.condition.mask.shape[1], width)
+    assert [[s.end - s.start for s in spans] for spans in step.condition.spans] == [[324, 324], [324]]
+    assert (step.condition.pooled is None) == (pooled is None) and (pooled is None or step.condition.pooled.shape == (2, pooled))
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "encoder.vision" not in n)
+
+
+def lora_size(unet: nn.Module, rank: int) -> int:
+    """Plain recount: rank x (in + out) for every attention projection."""
+    layers = {n.removesuffix(".base_layer"): m for n, m in unet.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}
+    return sum(rank * (m.in_features + m.out_features) for n, m in layers.items() if n.endswith(("to_q", "to_k", "to_v", "to_out.0")))
+
+
+def as_fake(module: nn.Module) -> None:
+    """Replace meta tensors by fake ones of a device, which transformers' masks accept."""
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, value in store.items():
+                if value is not None:
+                    fake: Any = torch.empty_like(value, device="cpu")
+                    store[name] = nn.Parameter(fake, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else fake
+
+
+@pytest.mark.parametrize("overlay", sorted(TRUE_SIZE))
+def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
+    overlay: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_mmgen import cli
+
+    monkeypatch.chdir(ROOT)
+    if torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    data = ["--data.init_args.train=tests/configs/one.jsonl", "--data.init_args.held_out=tests/configs/one.jsonl"]
+    monkeypatch.setattr(
+        "sys.argv", ["lightning", "fit", "-c", "experiments/instruct.yaml", "-c", f"experiments/overlays/{overlay}.yaml", *data]
+    )
+    assert cli.command() == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and "gpu" in error.lower()
+
+
+def test_overlays_are_all_tested() -> None:
+    assert {p.stem for p in OVERLAYS} == {*TRUE_SIZE, "toybox"}

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from lightning_mmgen.batch import Condition, Span, pack
+from lightning_mmgen.data.images import pixels
+from lightning_mmgen.diffusion import Diffusion
+from lightning_mmgen.models.adapter import Adapter, AdapterConfig
+from lightning_mmgen.models.codec import CodecConfig
+from lightning_mmgen.models.idefics2 import Idefics2Encoder
+from lightning_mmgen.models.parameters import Row
+from lightning_mmgen.models.unet import UNetConfig
+from lightning_mmgen.module import MultimodalDiffusion
+from lightning_mmgen.pipeline import MultimodalPipeline, initial_noise, join, to_pil
+from lightning_mmgen.prompt import MultimodalPrompt, Reference
+
+DIFFUSION = Diffusion("v_prediction", zero_terminal_snr=True)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (10, 14, 3), dtype=np.uint8))
+
+
+PROMPTS = [
+    MultimodalPrompt("a dog"),
+    MultimodalPrompt("put [ref#2] a cat on [ref#1]", (Reference(1, picture(1)), Reference(2, picture(2)))),
+    MultimodalPrompt("[ref#4] again and again [ref#4]", (Reference(4, picture(3)),)),
+]
+
+
+def seeds(*numbers: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(n) for n in numbers]
+
+
+@pytest.fixture
+def pipeline(encoder: Idefics2Encoder, adapter: Adapter, unet: UNet2DConditionModel, vae: AutoencoderKL) -> MultimodalPipeline:
+    pipeline = MultimodalPipeline(encoder, adapter.eval(), unet.eval(), vae, DDIMScheduler(**DIFFUSION.scheduler_config()))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def drawn_latents(pipeline: MultimodalPipeline, prompts: Any, **settings: Any) -> Tensor:
+    """The latents that the pipeline hands to the VAE."""
+    seen: list[Tensor] = []
+    hook = pipeline.codec.vae.post_quant_conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    pipeline(prompts, output_type="pt", **settings)
+    hook.remove()
+    return (seen[0] - pipeline.codec.shift) * pipeline.codec.scale
+
+
+@torch.no_grad()
+def plain_ddim(pipeline: MultimodalPipeline, prompt: MultimodalPrompt, seed: int, guidance: float, side: tuple[int, int]) -> Tensor:
+    """One prompt in 5 steps, by the formulas: v-prediction, trailing steps, eta 0 (Song et al. 2021, equation 12).
+
+    The empty condition has a pass of its own.
+    """
+
+    def velocity(z: Tensor, t: int, p: MultimodalPrompt) -> Tensor:
+        images = [pixels(r.image, pipeline.encoder.reference_size) for r in p.references]
+        c = pipeline.adapter(pipeline.encoder([p.instruction], [[r.marker for r in p.references]], pack([images])))
+        added = {"text_embeds": c.pooled, "time_ids": torch.tensor([[*side, 0, 0, *side]], dtype=torch.float32)}
+        return pipeline.unet(z, torch.tensor(t), c.tokens, added_cond_kwargs=added).sample
+
+    abar = DIFFUSION.alphas_cumprod.double()
+    z = torch.randn(1, 4, side[0] // 2, side[1] // 2, generator=torch.Generator().manual_seed(seed))
+    for t, then in ((999, 799), (799, 599), (599, 399), (399, 199), (199, -1)):
+        v = velocity(z, t, prompt)
+        if guidance != 1:
+            e = velocity(z, t, MultimodalPrompt(""))
+            v = e + guidance * (v - e)
+        now, next_ = abar[t].item(), abar[then].item() if then >= 0 else 1.0
+        z0 = now**0.5 * z - (1 - now) ** 0.5 * v
+        noise = now**0.5 * v + (1 - now) ** 0.5 * z
+        z = next_**0.5 * z0 + (1 - next_) ** 0.5 * noise
+    return z
+
+
+@pytest.mark.parametrize("guidance", [6.0, 1.0, 0.0])
+def test_latents_equal_a_plain_ddim(pipeline: MultimodalPipeline, guidance: float) -> None:
+    latents = drawn_latents(pipeline, PROMPTS, num_inference_steps=5, guidance_scale=guidance, height=8, width=12, generator=seeds(1, 2, 3))
+    for i, prompt in enumerate(PROMPTS):
+        expected = plain_ddim(pipeline, prompt, i + 1, guidance, (8, 12))
+        torch.testing.assert_close(latents[i : i + 1], expected, rtol=0, atol=1e-4)
+
+
+def test_without_guidance_the_unet_sees_no_empty_prompt(pipeline: MultimodalPipeline) -> None:
+    sizes: list[int] = []
+    pipeline.unet.conv_in.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    for guidance, size in ((1.0, 3), (2.0, 6)):
+        sizes.clear()
+        pipeline(PROMPTS, num_inference_steps=2, guidance_scale=guidance)
+        assert sizes == [size, size]
+
+
+def test_pictures_do_not_depend_on_the_batch_around_them(pipeline: MultimodalPipeline) -> None:
+    together = pipeline(PROMPTS, 4, generator=seeds(5, 6, 7), output_type="pt").images
+    assert together.shape == (3, 3, 16, 16) and together.abs().max() <= 1
+    for i, seed in enumerate((5, 6, 7)):
+        alone = pipeline(PROMPTS[i], 4, generator=seeds(seed), output_type="pt").images
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-4)
+
+
+def test_prompt_reference_seed_steps_and_guidance_change_the_picture(pipeline: MultimodalPipeline) -> None:
+    def draw(prompt: MultimodalPrompt, steps: int = 4, guidance: float = 6.0, seed: int = 1) -> Tensor:
+        images = pipeline(prompt, steps, guidance, generator=seeds(seed), output_type="pt").images
+        assert isinstance(images, Tensor)
+        return images
+
+    first = draw(PROMPTS[2])
+    assert torch.equal(draw(PROMPTS[2]), first)
+    other = MultimodalPrompt(PROMPTS[2].instruction, (Reference(4, picture(9)),))
+    for changed in (draw(other), draw(PROMPTS[0]), draw(PROMPTS[2], steps=5), draw(PROMPTS[2], guidance=3.0), draw(PROMPTS[2], seed=2)):
+        assert (changed - first).abs().max() > 1e-3
+
+
+def test_euler_steps_draw_what_ddim_draws(pipeline: MultimodalPipeline) -> None:
+    """Another scheduler solves the same equation by the same steps; it starts from sigma times the noise where DDIM
+    starts from sqrt(sigma^2 + 1) times it: hence the tolerance."""
+    config = Diffusion("v_prediction").scheduler_config()
+    settings: dict[str, Any] = {"num_inference_steps": 10, "guidance_scale": 2.0}
+    pipeline.scheduler = DDIMScheduler(**config)
+    expected = drawn_latents(pipeline, PROMPTS, generator=seeds(1, 2, 3), **settings)
+    del config["clip_sample"]  # DDIM's own
+    pipeline.scheduler = EulerDiscreteScheduler(**config)
+    torch.testing.assert_close(drawn_latents(pipeline, PROMPTS, generator=seeds(1, 2, 3), **settings), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("size", [(10, 16), (16, 18), (1, 16)])
+def test_a_size_that_cannot_be_made_raises(pipeline: MultimodalPipeline, size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="multiples of 4"):
+        pipeline(PROMPTS[0], 1, height=size[0], width=size[1])
+
+
+def test_sizes(pipeline: MultimodalPipeline) -> None:
+    own = pipeline(PROMPTS[0], 1).images[0]
+    assert own.size == (16, 16)  # sample_size 8, 2 pixels a latent
+    assert pipeline(PROMPTS[0], 1, height=8, width=12).images[0].size == (12, 8)
+
+
+def test_initial_noise_comes_from_the_generators() -> None:
+    rows = initial_noise((2, 4, 3, 3), seeds(1, 2))
+    assert torch.equal(rows[1], torch.randn(4, 3, 3, generator=seeds(2)[0]))
+    assert torch.equal(initial_noise((2, 4, 3, 3), seeds(1)[0]), torch.randn(2, 4, 3, 3, generator=seeds(1)[0]))
+    assert initial_noise((2, 4, 3, 3), None).shape == (2, 4, 3, 3)
+    with pytest.raises(ValueError, match="3 generators for 2 prompts"):
+        initial_noise((2, 4, 3, 3), seeds(1, 2, 3))
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_join_puts_the_empty_condition_before_each_full_one(pooled: bool) -> None:
+    vectors = (torch.randn(1, 3), torch.randn(2, 3)) if pooled else (None, None)
+    empty = Condition(torch.randn(1, 2, 6), torch.tensor([[True, True]]), [[]], vectors[0])
+    full = Condition(torch.randn(2, 5, 6), torch.tensor([[True] * 5, [True] * 3 + [False] * 2]), [[Span(1, 2)], []], vectors[1])
+    both = join(empty, full)
+    assert both.tokens.shape == (4, 5, 6) and both.spans == [[], [], [Span(1, 2)], []]
+    for b in range(2):
+        assert torch.equal(both.tokens[b, :2], empty.tokens[0]) and both.mask[b].tolist() == [True, True, False, False, False]
+    assert torch.equal(both.tokens[2:], full.tokens) and torch.equal(both.mask[2:], full.mask)
+    if pooled:
+        assert both.pooled is not None and torch.equal(both.pooled, torch.cat([vectors[0], vectors[0], vectors[1]]))  # type: ignore[list-item]
+    else:
+        assert both.pooled is None
+
+
+def test_to_pil_clips_and_rounds() -> None:
+    array = np.asarray(to_pil(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5))[0])
+    assert array[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    noise = picture(1)
+    assert np.array_equal(np.asarray(to_pil(pixels(noise)[None])[0]), np.asarray(noise))
+
+
+def test_pipeline_of_a_module_draws_with_its_parts(vlm: Path, unet: UNet2DConditionModel, vae: AutoencoderKL, tmp_path: Path) -> None:
+    unet.save_pretrained(tmp_path / "unet")
+    vae.save_pretrained(tmp_path / "vae")
+    rows = [Row("encoder", "frozen"), Row("adapter", "full", lr=1e-4), Row("unet", "lora", lr=1e-4)]
+    diffusion = Diffusion("v_prediction", "linear", 0.001, 0.01, 500)
+    encoder = Idefics2Encoder(str(vlm), image_tokens=16)
+    module = MultimodalDiffusion(encoder, AdapterConfig(1, 2, 8), UNetConfig(str(tmp_path)), CodecConfig(str(tmp_path)), rows, diffusion)
+    module.configure_model()
+    pipeline = MultimodalPipeline.of(module)
+    assert pipeline.unet is module.unet and pipeline.adapter is module.adapter and pipeline.codec.vae is module.codec.vae
+    torch.testing.assert_close(pipeline.scheduler.alphas_cumprod, diffusion.alphas_cumprod)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction" and pipeline.scheduler.config.timestep_spacing == "trailing"
+    before = pipeline(PROMPTS[0], 2, generator=seeds(1), output_type="pt").images
+    with torch.no_grad():
+        for name, parameter in module.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert not torch.allclose(pipeline(PROMPTS[0], 2, generator=seeds(1), output_type="pt").images, before, atol=1e-4)
+
+
+def test_pipeline_moves_and_casts_all_its_parts(pipeline: MultimodalPipeline) -> None:
+    pipeline.to(torch.float64)
+    parts = (pipeline.encoder, pipeline.adapter, pipeline.unet, pipeline.codec)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float64}
+    assert pipeline(PROMPTS, 2).images[0].size == (16, 16)
+    pipeline.to("meta")
+    assert pipeline.device.type == "meta" and all(p.is_meta for part in parts for p in part.parameters())
