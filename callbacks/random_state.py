@@ -26,7 +26,7 @@ class RandomState(Callback):
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": [keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[union-attr]
+            "numpy": [keys.tolist(), int(position), int(has_gauss), float(cached)],  # type: ignore[attr-defined, union-attr]
             "python": [version, list(internal), gauss],
         }
 

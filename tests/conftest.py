@@ -65,8 +65,7 @@ UNET = {
 }
 
 
-@pytest.fixture
-def unet() -> UNet2DConditionModel:
+def make_unet() -> UNet2DConditionModel:
     """SDXL-shaped: attention from the second level on, a pooled vector of width 12."""
     return UNet2DConditionModel(
         **UNET,
@@ -80,6 +79,12 @@ def unet() -> UNet2DConditionModel:
 
 
 @pytest.fixture
+def unet() -> UNet2DConditionModel:
+    """SDXL-shaped."""
+    return make_unet()
+
+
+@pytest.fixture
 def sd15_unet() -> UNet2DConditionModel:
     """SD1.5-shaped: attention from the first level on, no pooled vector."""
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
@@ -88,6 +93,11 @@ def sd15_unet() -> UNet2DConditionModel:
 
 @pytest.fixture
 def vae() -> AutoencoderKL:
+    """Two pixels a latent."""
+    return make_vae()
+
+
+def make_vae() -> AutoencoderKL:
     """Two pixels a latent, four channels, with a scale and a shift."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -97,3 +107,56 @@ def vae() -> AutoencoderKL:
         scaling_factor=0.5,
         shift_factor=0.3,
     )
+
+
+@pytest.fixture(scope="session")
+def parts(vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the tiny ``vlm``, ``unet`` (pictures of 16 px) and ``vae``."""
+    folder = tmp_path_factory.mktemp("parts")
+    (folder / "vlm").symlink_to(vlm)
+    torch.manual_seed(0)
+    make_unet().save_pretrained(folder / "unet")
+    make_vae().save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experiment(parts: Path) -> Path:
+    """A YAML that trains the tiny parts on toybox records for two steps; it writes to ``runs/`` of the working directory."""
+    path = parts / "experiment.yaml"
+    path.write_text(f"""
+seed_everything: 7
+model:
+  class_path: MultimodalDiffusion
+  init_args:
+    encoder: {{class_path: Idefics2Encoder, init_args: {{pretrained: {parts}/vlm, image_tokens: 16}}}}
+    adapter: {{layers: 1, heads: 2, width: 8}}
+    unet: {{pretrained: {parts}/unet, subfolder: null}}
+    codec: {{pretrained: {parts}/vae, subfolder: null}}
+    sampler: {{steps: 2, guidance_scale: 2.0}}
+    parameters:
+      - {{match: encoder.vision, train: frozen}}
+      - {{match: encoder.projector, train: lora, rank: 2, lr: 1.0e-2}}
+      - {{match: encoder.language, train: lora, rank: 2, lr: 2.0e-2}}
+      - {{match: adapter, train: full, lr: 3.0e-2}}
+      - {{match: unet, train: lora, rank: 2, lr: 4.0e-2}}
+data:
+  class_path: MultimodalDataModule
+  init_args:
+    train: {{class_path: ToyboxSource, init_args: {{tasks: {{subject: 0.5, caption: 0.5}}, length: 8}}}}
+    held_out: {{class_path: ToyboxSource, init_args: {{tasks: {{subject: 1.0}}, length: 4, held_out: true}}}}
+    target_size: 16
+    batch_size: 2
+trainer:
+  max_steps: 2
+  accelerator: cpu
+  limit_val_batches: 0
+  num_sanity_val_steps: 0
+  log_every_n_steps: 1
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger: {{class_path: TensorBoardLogger, init_args: {{save_dir: runs, name: tiny}}}}
+  callbacks:
+    - {{class_path: ModelCheckpoint, init_args: {{every_n_train_steps: 1, save_last: true, enable_version_counter: false}}}}
+""")
+    return path

@@ -32,14 +32,14 @@ class Sample(NamedTuple):
 class BadRow(NamedTuple):
     """A row that could not be used, and why; it leaves its place in the batch empty."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     reason: str
 
 
 class Position(NamedTuple):
     """A place in the global order: which row of which epoch."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     epoch: int
 
 
@@ -193,7 +193,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self._sampler: OrderedSampler | None = None
 
     def setup(self, stage: str) -> None:
-        size = self.reference_size or self.trainer.lightning_module.encoder.reference_size  # type: ignore[union-attr]
+        size: int = self.reference_size or self.trainer.lightning_module.encoder.reference_size  # type: ignore[assignment, union-attr]
         self.recipe = Recipe(size, self.target_size)
         if stage == "fit":
             self._first_rows()

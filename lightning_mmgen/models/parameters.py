@@ -211,11 +211,11 @@ class ParameterTable:
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Module, training, learning rate, trainable and all parameters, as text, a header first (MUMU, Table 1)."""
-        how = {"frozen": lambda r: "not trained", "lora": lambda r: f"LoRA rank {r.rank}", "full": lambda r: "fully trained"}
+        how = {"frozen": "not trained", "lora": "LoRA rank {}", "full": "fully trained"}
         rows = [("module", "training", "learning rate", "trainable", "parameters")]
         for s in self.states:
             rate = "-" if s.row.lr is None else f"{s.row.lr:g}"
-            rows.append((s.row.match, how[s.row.train](s.row), rate, f"{s.trainable:,}", f"{s.total:,}"))
+            rows.append((s.row.match, how[s.row.train].format(s.row.rank), rate, f"{s.trainable:,}", f"{s.total:,}"))
         return rows
 
     def __str__(self) -> str:

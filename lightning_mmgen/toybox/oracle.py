@@ -227,7 +227,7 @@ def _match(reading: Reading, truth: Truth) -> list[Seen | None]:
         far = sum(np.hypot(s.x - p.x, s.y - p.y) for p, s in zip(wanted, pick, strict=True) if s)
         return sum(s is not None for s in pick) * 100 + right, -float(far)
 
-    return list(max(permutations(seen, len(wanted)), key=worth))
+    return list(max(permutations(seen, len(wanted)), key=worth))  # type: ignore[arg-type]
 
 
 def _placed(seen: list[Seen | None], place: str) -> bool:

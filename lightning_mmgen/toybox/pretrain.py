@@ -7,12 +7,13 @@ folder when its fit ends; the YAMLs are in ``experiments/toybox/``.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -52,7 +53,7 @@ class Pretraining(L.LightningModule):
         super().__init__()
         self.out, self.lr, self.batch_size, self.warmup, self.seed = Path(out), lr, batch_size, warmup, seed
         self.decay = ema
-        self.net: nn.Module
+        self.net: Any
         self.mean: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> dict[str, object]:
@@ -68,12 +69,12 @@ class Pretraining(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self.net.load_state_dict(self.mean, strict=False)
-        self.net.half().save_pretrained(self.out)  # type: ignore[operator]
+        self.net.half().save_pretrained(self.out)
 
-    def pictures(self) -> Dataset[Tensor]:
+    def pictures(self) -> Pictures:
         return Pictures(self.batch_size * max(self.trainer.max_steps, 1), self.seed)
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.pictures(), self.batch_size)
 
 
@@ -108,9 +109,9 @@ class VAEPretraining(Pretraining):
             force_upcast=True,
         ).to(memory_format=torch.channels_last)
 
-    def training_step(self, pixels: Tensor, _: int) -> Tensor:
-        posterior = self.net.encode(pixels).latent_dist  # type: ignore[operator]
-        out = self.net.decode(posterior.sample()).sample  # type: ignore[operator]
+    def training_step(self, pixels: Tensor, batch_idx: int) -> Tensor:
+        posterior = self.net.encode(pixels).latent_dist
+        out = self.net.decode(posterior.sample()).sample
         kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
         mse = F.mse_loss(out, pixels)
         self.log_dict({"loss/mse": mse, "loss/kl": kl}, prog_bar=True)
@@ -120,8 +121,8 @@ class VAEPretraining(Pretraining):
         self.net.load_state_dict(self.mean, strict=False)
         with torch.no_grad():
             sample = torch.stack([self.pictures()[i] for i in range(min(512, len(self.pictures())))])
-            latents = self.net.encode(sample.to(self.device)).latent_dist.mean  # type: ignore[operator]
-        self.net.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)  # type: ignore[operator]
+            latents = self.net.encode(sample.to(self.device)).latent_dist.mean
+        self.net.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)
         super().on_fit_end()
 
 
@@ -192,8 +193,8 @@ class CLIPPretraining(Pretraining):
     def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
         return batch
 
-    def training_step(self, records: list[Record], _: int) -> Tensor:
-        side = self.net.config.vision_config.image_size  # type: ignore[union-attr]
+    def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
+        side = self.net.config.vision_config.image_size
         pictures = torch.stack([pixels(r.target, side) for r in records if r.target is not None])
         mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         text = self.tokenizer([r.caption or "" for r in records], padding=True, return_tensors="pt")
@@ -202,13 +203,13 @@ class CLIPPretraining(Pretraining):
         )
         right = (out.logits_per_image.argmax(1) == torch.arange(len(records))).float().mean()
         self.log_dict({"loss/contrastive": out.loss, "accuracy": right}, prog_bar=True)
-        return out.loss  # type: ignore[no-any-return]
+        return out.loss
 
     def on_fit_end(self) -> None:
         self.tokenizer.save_pretrained(self.out)
         super().on_fit_end()
 
-    def train_dataloader(self) -> DataLoader[Record]:
+    def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(
             Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, {"caption": 1.0}), self.batch_size, collate_fn=list
         )
@@ -267,7 +268,7 @@ class VLMPretraining(Pretraining):
     def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
         return batch  # records; their tensors are made in the step
 
-    def training_step(self, records: list[Record], _: int) -> Tensor:
+    def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
         texts = [r.prompt().instruction for r in records]
         full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
@@ -287,7 +288,7 @@ class VLMPretraining(Pretraining):
             ids, _ = self.encoder.tokenise(full[b], markers[b], count)
             start = len(self.encoder.tokenise(text, markers[b], count)[0]) if record.answer else 1
             labels[b, start : len(ids)] = torch.tensor(ids[start:])
-        logits = self.net.lm_head(hidden[:, :-1])  # type: ignore[operator]
+        logits = self.net.lm_head(hidden[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         right = (logits.argmax(-1) == labels[:, 1:])[labels[:, 1:] >= 0].float().mean()
         asked = torch.tensor([r.answer is not None for r in records])
@@ -301,6 +302,6 @@ class VLMPretraining(Pretraining):
         self.tokenizer.save_pretrained(self.out)
         super().on_fit_end()
 
-    def train_dataloader(self) -> DataLoader[Record]:
+    def train_dataloader(self) -> DataLoader[Any]:
         records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
         return DataLoader(records, self.batch_size, collate_fn=list)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .world import BACKGROUNDS, COLOURS, SIZES, Placed, Scene, Toy
 
-Array = NDArray[np.float32]
+Array = NDArray[Any]
 SIDE = 64
 DARK_TONE = 0.55  # value of a texture's second tone, over the first's
 RIM = 0.08  # value of the outline
@@ -53,7 +54,7 @@ def signed_distance(shape: str, x: Array, y: Array, w: float, h: float) -> Array
     raise ValueError(f"unknown shape {shape!r}")
 
 
-def second_tone(texture: str, u: Array, v: Array, pitch: float | Array, phase: float | Array, soft: float) -> Array:
+def second_tone(texture: str, u: Array, v: Array, pitch: float | Array, phase: float | Array, soft: float | Array) -> Array:
     """How much of a texture's second tone lies at (u, v) in [-1, 1]^2, in [0, 1]; ``soft`` is the edge's width in cycles."""
     if texture == "solid":
         return np.zeros(np.broadcast_shapes(u.shape, v.shape, np.shape(pitch)), np.float32)

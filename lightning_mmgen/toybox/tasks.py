@@ -159,7 +159,7 @@ def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | No
         "shape": [s for s in SHAPES if s != toy.shape],
     }
     new = str(rng.choice(pool[kind]))
-    edited = replace(placed, toy=replace(toy, **{kind: new}))
+    edited = replace(placed, toy=replace(toy, **{kind: new}))  # type: ignore[arg-type]
     toys = tuple(edited if i == k else p for i, p in enumerate(scene.toys))
     text = f"turn the {toy.words()} into a {new}" if kind == "shape" else f"make the {toy.words()} {new}"
     return text, replace(scene, toys=toys), k
@@ -203,7 +203,7 @@ def retrieval(rng: np.random.Generator, held: bool) -> Record:
     toy = scene.toys[0].toy
     refs = []
     for k in (1, 2, 3):
-        near = place(rng, (replace(toy, **{"texture": str(rng.choice(TEXTURES))}),), style=scene.style)
+        near = place(rng, (replace(toy, texture=str(rng.choice(TEXTURES))),), style=scene.style)
         refs.append(Reference(k, picture(near), near.caption(), "neighbour"))
     context = " ".join(f"[ref#{r.marker}] {r.phrase}." for r in refs)
     return _record("retrieval", f"{context} Generate: {scene.caption()}", scene, refs, Truth(scene, (), True, True))
