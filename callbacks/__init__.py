@@ -5,6 +5,7 @@ from .ema import EMA, evaluation
 from .following import FollowingEvaluation
 from .held_out import HeldOut, held_out, sample
 from .picture_grid import PictureGrid, grid
+from .picture_writer import PictureWriter
 from .random_state import RandomState
 from .run_card import RunCard
 
@@ -14,6 +15,7 @@ __all__ = [
     "FollowingEvaluation",
     "HeldOut",
     "PictureGrid",
+    "PictureWriter",
     "RandomState",
     "RunCard",
     "evaluation",

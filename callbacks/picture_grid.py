@@ -52,8 +52,7 @@ class PictureGrid(Callback):
         records, pictures = held_out(trainer, pl_module, self.count)
         if not records or not trainer.is_global_zero or trainer.log_dir is None:
             return
-        root = trainer.datamodule.held_out.root  # type: ignore[attr-defined]
-        page = grid(records, self.before, pictures, root, self.cell, self.columns)
+        page = grid(records, self.before, pictures, self.cell, self.columns)
         folder = Path(trainer.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"pictures-{trainer.global_step:06d}.png"
@@ -69,7 +68,7 @@ class PictureGrid(Callback):
         self.before = state_dict["before"]
 
 
-def grid(records: list[Record], before: Tensor | None, after: Tensor, root: Path | None, cell: int, columns: int) -> Image:
+def grid(records: list[Record], before: Tensor | None, after: Tensor, cell: int, columns: int) -> Image:
     """One row an instruction: references, text, before, after, target. ``before`` and ``after`` are [n, 3, H, W] in [-1, 1]."""
     most = max(1, *(len(r.references) for r in records))
     text_width, gap, head = 3 * cell, 6, 22
@@ -85,11 +84,11 @@ def grid(records: list[Record], before: Tensor | None, after: Tensor, root: Path
     for i, (record, was, now) in enumerate(zip(records, old, to_pil(after), strict=True)):
         x, y = (i % columns) * width + gap, head + (i // columns) * (cell + gap)
         for k, reference in enumerate(record.references):
-            page.paste(pad_square(open_picture(reference.image, root)).resize((cell, cell)), (x + k * (cell + gap), y))
+            page.paste(pad_square(open_picture(reference.image)).resize((cell, cell)), (x + k * (cell + gap), y))
         x += most * (cell + gap)
         pen.multiline_text((x, y), "\n".join(textwrap.wrap(record.instruction, 34)[:6]), "black", font, spacing=2)
         x += text_width + gap
-        target = open_picture(record.target, root) if record.target is not None else None
+        target = open_picture(record.target) if record.target is not None else None
         for picture in (was, now, target):
             if picture is not None:
                 page.paste(pad_square(picture).resize((cell, cell)), (x, y))

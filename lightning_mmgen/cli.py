@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand] if self.subcommand else self.config
         text = self._parser(self.subcommand).dump(config, skip_none=False)
-        own: list[Callback] = [callbacks.RandomState(), callbacks.RunCard(text, config.get("seed_everything"))]
+        own: list[Callback] = [callbacks.RandomState(), callbacks.PictureWriter(), callbacks.RunCard(text, config.get("seed_everything"))]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.loggers:
@@ -114,6 +115,15 @@ def _trust_here() -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True, import_path_denylist=["*"], import_path_allowlist=allowed)
 
 
+def _quiet() -> None:
+    """Leave out what a user can do nothing about."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    for message in ("`isinstance\\(treespec", "Found .* in eval mode", "Total length of `list`", "The '.*_dataloader' does not have many"):
+        warnings.filterwarnings("ignore", message)
+
+
 def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
     """Run ``lightning <fit|validate|test|predict> -c experiment.yaml`` with ``args`` or the command line's.
 
@@ -123,6 +133,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         run: ``False`` makes model, data and trainer without running a command; ``args`` then name no command.
     """
     _trust_here()
+    _quiet()
     mode = {"parser_mode": "omegaconf+", "exit_on_error": False}
     return CLI(
         args=args,
@@ -130,7 +141,7 @@ def main(args: ArgsType = None, run: bool = True) -> LightningCLI:
         save_config_callback=None,
         seed_everything_default=True,
         parser_kwargs={**mode, **({name: dict(mode) for name in LightningCLI.subcommands()} if run else {})},
-        trainer_defaults={"use_distributed_sampler": False},
+        trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
     )
 
 

@@ -18,6 +18,7 @@ from .models.codec import CodecConfig
 from .models.encoder import Encoder
 from .models.parameters import ParameterTable, Row
 from .models.unet import UNetConfig, denoise, pooled_features
+from .pipeline import MultimodalPipeline
 
 PARTS = ("encoder", "adapter", "unet")
 
@@ -169,6 +170,14 @@ class MultimodalDiffusion(L.LightningModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Pictures [b, 3, H, W] in [-1, 1]; each sample's noise comes from its own seed."""
+        pipeline = MultimodalPipeline.of(self)
+        pipeline.set_progress_bar_config(disable=True)
+        condition = pipeline.encode(batch.instructions, batch.markers, batch.references)
+        noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
+        return pipeline.draw(condition, self.sampler.steps, self.sampler.guidance_scale, *batch.target.shape[-2:], noise)
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
 

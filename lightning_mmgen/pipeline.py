@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
 
-from .batch import Condition, pack
+from .batch import Condition, PackedImages, pack
 from .data.images import pixels
 from .models.adapter import Adapter
 from .models.codec import Codec
@@ -72,29 +72,25 @@ class MultimodalPipeline(DiffusionPipeline):
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
-        pipeline = cls(
+        return cls(
             encoder,
             Adapter.from_pretrained(root / "adapter"),
             unet,
             parts["codec"].build().vae,
             DDIMScheduler.from_pretrained(root / "scheduler"),
-        )
-        for part in (pipeline.encoder, pipeline.adapter, pipeline.unet):
-            part.eval().requires_grad_(False)
-        return pipeline
+        ).frozen()
+
+    def frozen(self) -> MultimodalPipeline:
+        """For inference alone: evaluation mode, no gradients, and every weight in memory of its own. PyTorch picks kernels by gradients
+        and alignment, so that without this a checkpoint and its export would differ in the last bits."""
+        for part in (self.encoder, self.adapter, self.unet, self.vae):
+            for parameter in part.eval().requires_grad_(False).parameters():
+                parameter.data = parameter.data.clone()
+        return self
 
     @property
     def device(self) -> torch.device:
         return next(self.unet.parameters()).device
-
-    @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[MultimodalPrompt]) -> Condition:
-        """What the UNet attends to, for b prompts."""
-        side = self.encoder.reference_size
-        references = [
-            g._replace(pixels=g.pixels.to(self.device)) for g in pack([[pixels(r.image, side) for r in p.references] for p in prompts])
-        ]
-        return self.adapter(self.encoder([p.instruction for p in prompts], [[r.marker for r in p.references] for p in prompts], references))
 
     @torch.no_grad()
     def __call__(
@@ -121,27 +117,48 @@ class MultimodalPipeline(DiffusionPipeline):
             ValueError: a size that the codec cannot make.
         """
         prompts = [prompts] if isinstance(prompts, MultimodalPrompt) else list(prompts)
-        own = int(self.unet.config.sample_size) * self.codec.factor
+        side = self.encoder.reference_size
+        references = pack([[pixels(r.image, side) for r in p.references] for p in prompts])
+        markers = [[r.marker for r in p.references] for p in prompts]
+        condition = self.encode([p.instruction for p in prompts], markers, references)
+        pictures = self.draw(condition, num_inference_steps, guidance_scale, height, width, generator)
+        return PipelineOutput(images=pictures if output_type == "pt" else to_pil(pictures))
+
+    @torch.no_grad()
+    def encode(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Condition:
+        """What the UNet attends to, for b prompts."""
+        references = [PackedImages(*(t.to(self.device) for t in group)) for group in references]
+        return self.adapter(self.encoder(instructions, markers, references))
+
+    @torch.no_grad()
+    def draw(
+        self,
+        condition: Condition,
+        num_inference_steps: int,
+        guidance_scale: float,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Pictures [b, 3, H, W] in [-1, 1] for an encoded condition; arguments as in :meth:`__call__`."""
+        own, count = int(self.unet.config.sample_size) * self.codec.factor, len(condition.tokens)
         height, width = height or own, width or own
         multiple = self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
-        condition = self.encode_prompts(prompts)
         if guidance_scale != 1:
-            condition = join(self.encode_prompts([MultimodalPrompt("")]), condition)
-        shape = (len(prompts), self.codec.channels, height // self.codec.factor, width // self.codec.factor)
+            condition = join(self.encode([""], [[]], []), condition)
+        shape = (count, self.codec.channels, height // self.codec.factor, width // self.codec.factor)
         self.scheduler.set_timesteps(num_inference_steps, device=self.device)
         latents = initial_noise(shape, generator).to(self.device) * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            copies = 1 if guidance_scale == 1 else 2
-            z_t = self.scheduler.scale_model_input(torch.cat([latents] * copies), t)
+            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if guidance_scale == 1 else 2)), t)
             prediction = denoise(self.unet, z_t, t.expand(len(z_t)), condition, (height, width)).float()
             if guidance_scale != 1:
                 empty, full = prediction.chunk(2)
                 prediction = empty + guidance_scale * (full - empty)
             latents = self.scheduler.step(prediction, t, latents).prev_sample
-        pictures = self.codec.decode(latents)
-        return PipelineOutput(images=pictures if output_type == "pt" else to_pil(pictures))
+        return self.codec.decode(latents)
 
 
 def initial_noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

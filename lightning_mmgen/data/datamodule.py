@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..batch import Batch, pack
+from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
-from .images import pixels
+from .images import open_picture, pixels
 from .sources import RowError, Source, open_source
 
 
@@ -54,15 +56,19 @@ class Recipe:
     Args:
         reference_size: side in pixels of every reference, resized up or down (MUMU, section 4).
         target_size: side in pixels of the target; its centre is cropped to a square.
+        encoder: whose limit of tokens a prompt may not pass; not checked if none is given.
     """
 
-    def __init__(self, reference_size: int, target_size: int) -> None:
+    def __init__(self, reference_size: int, target_size: int, encoder: Encoder | None = None) -> None:
         self.reference_size, self.target_size = reference_size, target_size
+        self.tokenise, self.tokens = (encoder.tokenise, encoder.tokens_of(reference_size, reference_size)) if encoder else (None, 0)
 
     def __call__(self, record: Record, root: Path | None, seed: int) -> Sample:
-        """Raises: RecordError: a picture cannot be read, or there is no target."""
+        """Raises: RecordError: a picture cannot be read, there is no target, or the prompt is too long."""
         if record.target is None:
             raise RecordError("target is missing")
+        if self.tokenise:
+            self.tokenise(record.prompt().instruction, [r.marker for r in record.references], [self.tokens] * len(record.references))
         references = [pixels(r.image, self.reference_size, root) for r in record.references]
         return Sample(record, references, crop_square(pixels(record.target, None, root), self.target_size), seed)
 
@@ -193,8 +199,10 @@ class MultimodalDataModule(L.LightningDataModule):
         self._sampler: OrderedSampler | None = None
 
     def setup(self, stage: str) -> None:
-        size: int = self.reference_size or self.trainer.lightning_module.encoder.reference_size  # type: ignore[assignment, union-attr]
-        self.recipe = Recipe(size, self.target_size)
+        encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
+        if encoder is None and self.reference_size is None:
+            raise ValueError("data.reference_size is needed where the model has no encoder to ask")
+        self.recipe = Recipe(self.reference_size or encoder.reference_size, self.target_size, encoder)  # type: ignore[union-attr]
         if stage == "fit":
             self._first_rows()
 
@@ -233,10 +241,19 @@ class MultimodalDataModule(L.LightningDataModule):
         )
 
     def held_out_records(self, count: int) -> list[Record]:
-        """The first ``count`` held-out records."""
+        """The first ``count`` held-out records, their pictures opened."""
         if self.held_out is None:
             return []
-        return [self.held_out.record(i) for i in range(min(count, len(self.held_out)))]
+        root = self.held_out.root
+        records = [self.held_out.record(i) for i in range(min(count, len(self.held_out)))]
+        return [
+            replace(
+                record,
+                references=tuple(replace(r, image=open_picture(r.image, root)) for r in record.references),
+                target=open_picture(record.target, root) if record.target is not None else None,
+            )
+            for record in records
+        ]
 
     # -- bad rows, position ---------------------------------------------------------------------------------------------------
 

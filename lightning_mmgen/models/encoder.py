@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Condition, PackedImages, Span
-from ..prompt import split
+from ..prompt import RecordError, split
+from .weights import locate
 
 
 class Encoder(nn.Module, ABC):
@@ -28,7 +29,6 @@ class Encoder(nn.Module, ABC):
     vision: nn.Module
     projector: nn.Module
     language: nn.Module
-    tokenizer: Any
     transformers_names: dict[str, str]
     """Where the parts lie in the model of ``transformers``, for LoRA that PEFT loads there."""
 
@@ -37,6 +37,16 @@ class Encoder(nn.Module, ABC):
         if image_tokens < 1 or round(image_tokens**0.5) ** 2 != image_tokens:
             raise ValueError(f"image_tokens must be a square number, not {image_tokens}")
         self.pretrained, self.image_tokens, self.max_tokens = pretrained, image_tokens, max_tokens
+        self._tokenizer: Any = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; read when first asked for, so that prompts can be checked before the weights are there."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            self._tokenizer = AutoTokenizer.from_pretrained(locate(self.pretrained))
+        return self._tokenizer
 
     @abstractmethod
     def build(self, weights: bool = True) -> None:
@@ -85,7 +95,7 @@ class Encoder(nn.Module, ABC):
             counts: tokens of each reference, by slot.
 
         Raises:
-            ValueError: the prompt is longer than ``max_tokens``.
+            RecordError: the prompt is longer than ``max_tokens``.
         """
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         ids: list[int] = [self.tokenizer.bos_token_id]
@@ -100,7 +110,7 @@ class Encoder(nn.Module, ABC):
             ids += [image_id] * counts[slot]
             ids += self.tokenizer(after, add_special_tokens=False).input_ids
         if len(ids) > self.max_tokens:
-            raise ValueError(f"the prompt has {len(ids)} tokens, more than max_tokens={self.max_tokens}: {instruction[:60]!r}")
+            raise RecordError(f"the prompt has {len(ids)} tokens, more than max_tokens={self.max_tokens}: {instruction[:60]!r}")
         return ids, [spans[k] for k in range(len(counts))]
 
     def embed(

@@ -56,18 +56,18 @@ class Idefics2Encoder(Encoder):
         return self._config
 
     def build(self, weights: bool = True) -> None:
-        from transformers import AutoTokenizer, Idefics2ForConditionalGeneration, Idefics2Model
+        from transformers import Idefics2ForConditionalGeneration, Idefics2Model
 
         kind = {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
         if weights:
             model = Idefics2ForConditionalGeneration.from_pretrained(locate(self.pretrained), **kind).model
         else:
             model = Idefics2Model._from_config(self.config, **kind)
-        self.adopt(model, AutoTokenizer.from_pretrained(locate(self.pretrained)))
+        self.adopt(model)
 
-    def adopt(self, model: nn.Module, tokenizer: Any) -> None:
-        """Take the parts of an ``Idefics2Model``; its perceiver is left behind."""
-        self._config, self.tokenizer = model.config, tokenizer
+    def adopt(self, model: nn.Module, tokenizer: Any = None) -> None:
+        """Take the parts of an ``Idefics2Model`` (its perceiver is left behind), and a tokenizer if it has none of its own yet."""
+        self._config, self._tokenizer = model.config, tokenizer or self._tokenizer
         self.vision, self.language = model.vision_model, model.text_model  # type: ignore[assignment]
         self.projector = model.connector.modality_projection  # type: ignore[assignment, union-attr]
 

@@ -18,7 +18,6 @@ from ..data.images import open_picture, pixels
 from ..data.sources import RowError, Source, open_source
 from ..models.encoder import Encoder
 from ..models.idefics2 import Idefics2Encoder
-from ..models.weights import locate
 from ..prompt import MARKER, Picture, Record, RecordError
 
 # -- check -----------------------------------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def preview(
     """
     if count < 1:
         raise ValueError(f"count must be 1 or more, not {count}")
-    source, reader = open_source(file), _reader(encoder, image_tokens)
+    source, reader = open_source(file), Idefics2Encoder(encoder, image_tokens)
     recipe = Recipe(reader.reference_size, target_size)
     rows = [_row(source, i, reader, recipe) for i in range(min(count, len(source)))]
     page = PILImage.new("RGB", (WIDTH, sum(row.height for row in rows)), "white")
@@ -139,15 +138,6 @@ def preview(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     page.save(out, format="PNG")
     return Path(out)
-
-
-def _reader(pretrained: str, image_tokens: int) -> Encoder:
-    """An encoder that can count tokens, without weights."""
-    from transformers import AutoTokenizer
-
-    encoder = Idefics2Encoder(pretrained, image_tokens)
-    encoder.tokenizer = AutoTokenizer.from_pretrained(locate(pretrained))
-    return encoder
 
 
 def _row(source: Source, index: int, encoder: Encoder, recipe: Recipe) -> Image:

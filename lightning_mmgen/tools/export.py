@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,10 +40,9 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     root.mkdir(parents=True, exist_ok=True)
     _, unet_config, codec_config = module.parts
     full = {n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n}
-    adapter = copy.deepcopy(module.adapter).to(dtype or torch.float32)
-    adapter.save_pretrained(root / "adapter")
+    _merged(module.adapter).to(dtype or torch.float32).save_pretrained(root / "adapter")
     DDIMScheduler(**module.diffusion.scheduler_config()).save_pretrained(root / "scheduler")
-    if any(n.startswith("unet.") for n in full):
+    if unet_config.from_scratch or any(n.startswith("unet.") for n in full):
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")
     if trained := {_plain(n.removeprefix("encoder.")): p for n, p in module.named_parameters() if n in full and n.startswith("encoder.")}:
         save_file({n: p.detach().to(dtype or p.dtype).contiguous() for n, p in trained.items()}, root / "encoder.safetensors")
@@ -73,7 +73,7 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
 def load_lora(encoder: Encoder, unet: UNet2DConditionModel, root: Path) -> None:
     """Put an export's LoRA, and the encoder's fully trained weights, onto freshly built parts."""
     if (root / "encoder.safetensors").is_file():
-        missing = encoder.load_state_dict(load_file(root / "encoder.safetensors"), strict=False)
+        missing = encoder.load_state_dict(load_file(root / "encoder.safetensors"), strict=False, assign=True)  # float32 in a bfloat16 VLM, say
         if missing.unexpected_keys:
             raise ValueError(f"{root / 'encoder.safetensors'}: {missing.unexpected_keys[0]} is not in {encoder.pretrained}")
     if (root / UNET_LORA).is_file():
@@ -133,6 +133,16 @@ def _rename(name: str, prefixes: dict[str, str]) -> str:
         if name == old or name.startswith(old + "."):
             return new + name.removeprefix(old)
     return name
+
+
+def _merged(part: nn.Module) -> Any:
+    """A copy with LoRA added to the weights."""
+    part = copy.deepcopy(part)
+    for name, layer in list(part.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+            part.set_submodule(name, layer.get_base_layer())
+    return part
 
 
 def _plain(name: str) -> str:

@@ -61,7 +61,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
     prompt = MultimodalPrompt(args.prompt, references)
     if args.ckpt:
         module = load_module(args.ckpt)
-        pipeline, sampler = MultimodalPipeline.of(module), module.sampler
+        pipeline, sampler = MultimodalPipeline.of(module).frozen(), module.sampler
         steps, scale = sampler.steps, sampler.guidance_scale
     else:
         pipeline = MultimodalPipeline.from_pretrained(args.model)

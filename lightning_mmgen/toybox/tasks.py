@@ -46,12 +46,12 @@ def _mask(coverage: Any) -> Image:
     return PILImage.fromarray((np.clip(coverage, 0, 1) * 255).astype(np.uint8))
 
 
-def boxes(scene: Scene) -> tuple[Box, ...]:
-    """Where each toy lies, in pixels of the 64 x 64 picture."""
+def boxes(scene: Scene, masks: list[Any] | None = None) -> tuple[Box, ...]:
+    """Where each toy lies, in pixels of the 64 x 64 picture; ``masks`` are what :func:`draw` gave for it, if it was drawn already."""
     out = []
-    for placed, mask in zip(scene.toys, draw(scene)[1], strict=True):
-        ys, xs = np.nonzero(mask > 0.5)
-        out.append(Box(placed.toy.words(), float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1)))
+    for placed, mask in zip(scene.toys, masks or draw(scene)[1], strict=True):
+        xs, ys = np.flatnonzero((mask > 0.5).any(0)), np.flatnonzero((mask > 0.5).any(1))
+        out.append(Box(placed.toy.words(), float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)))
     return tuple(out)
 
 
@@ -61,7 +61,9 @@ def _portrait(rng: np.random.Generator, toy: Toy) -> Image:
 
 
 def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Truth, **more: Any) -> Record:
-    return Record(text, tuple(refs), picture(scene), scene.caption(), task=task, boxes=boxes(scene), extra={"truth": truth}, **more)
+    pixels, masks = draw(scene)
+    target, where = PILImage.fromarray(pixels), boxes(scene, masks)
+    return Record(text, tuple(refs), target, scene.caption(), task=task, boxes=where, extra={"truth": truth}, **more)
 
 
 def caption(rng: np.random.Generator, held: bool) -> Record:
