@@ -23,7 +23,7 @@ from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.metrics.following import ToyboxFollowing, interval
 from lightning_mmgen.module import MultimodalDiffusion
 from lightning_mmgen.pipeline import MultimodalPipeline
-from lightning_mmgen.prompt import MARKER, Record
+from lightning_mmgen.prompt import Record
 from lightning_mmgen.tools.generate import load_module
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,10 +37,10 @@ def records(tasks: dict[str, float], count: int) -> list[Record]:
 
 def in_words(record: Record) -> Record:
     """Every reference replaced by the words for the toy that it shows."""
-    toys = {marker: record.extra["truth"].scene.toys[k].toy.words() for k, marker in record.extra["truth"].shown}
-    text = MARKER.sub(lambda m: toys[int(m[1])] + "\0", record.instruction)
-    words = " ".join(w for w in text.replace("\0 toy", "").replace("\0", "").split())
-    return replace(record, instruction=words, references=())
+    truth, text = record.extra["truth"], record.instruction
+    for (k, marker), reference in zip(truth.shown, record.references, strict=True):
+        text = text.replace(f"[ref#{marker}] {reference.phrase}".strip(), truth.scene.toys[k].toy.words())
+    return replace(record, instruction=text, references=())
 
 
 def draw(module: MultimodalDiffusion, wanted: list[Record], seed: int) -> ToyboxFollowing:

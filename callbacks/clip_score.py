@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
 from lightning_mmgen.metrics.clip import CLIPSimilarity
 
-from .held_out import held_out
+from .held_out import HeldOutCallback, held_out
 
 
-class CLIPScoreEvaluation(Callback):
+class CLIPScoreEvaluation(HeldOutCallback):
     """CLIP-T of the held-out pictures with their plain captions, before training, every ``every`` steps, and at the end.
 
     Args:
-        every: training steps between evaluations; 0 for before and after only.
+        every: optimizer steps between evaluations; 0 for before and after only.
         count: held-out instructions; those without a caption are left out.
         model: any CLIP of ``transformers`` by name or folder.
     """
 
     def __init__(self, every: int = 0, count: int = 64, model: str = "toybox/clip") -> None:
-        self.every, self.count, self.model = every, count, model
+        super().__init__(every, count)
+        self.model = model
         self.metric: CLIPSimilarity | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metric = CLIPSimilarity(self.model).to(pl_module.device)
-        self._evaluate(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.every and trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
-            self._evaluate(trainer, pl_module)
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if trainer.global_step == 0:  # not where a run goes on
+            self.look(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, pl_module)
-
-    def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metric is not None
         records, pictures = held_out(trainer, pl_module, self.count)
         told = [i for i, r in enumerate(records) if r.caption]

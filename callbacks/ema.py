@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 
@@ -68,12 +69,10 @@ def evaluation(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     the process left as they were."""
     ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.mean), None)  # type: ignore[attr-defined]
     training = {m: m.training for m in pl_module.modules()}
-    with torch.random.fork_rng(), torch.no_grad():
-        pl_module.eval()
-        if ema is None:
+    try:
+        with isolate_rng(), torch.no_grad(), ema.swapped(pl_module) if ema else nullcontext():
+            pl_module.eval()
             yield
-        else:
-            with ema.swapped(pl_module):
-                yield
-    for module, mode in training.items():
-        module.training = mode
+    finally:
+        for module, mode in training.items():
+            module.training = mode

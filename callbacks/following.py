@@ -5,34 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 
 from lightning_mmgen.metrics.following import ToyboxFollowing
 
-from .held_out import held_out
+from .held_out import HeldOutCallback, held_out
 
 
-class FollowingEvaluation(Callback):
+class FollowingEvaluation(HeldOutCallback):
     """Lets the oracle read the pictures of held-out toybox instructions; prints a table of before and after at the end.
 
     Args:
-        every: training steps between evaluations; 0 for before and after only.
+        every: optimizer steps between evaluations; 0 for before and after only.
         count: held-out instructions.
     """
 
     def __init__(self, every: int = 0, count: int = 64) -> None:
-        self.every, self.count = every, count
+        super().__init__(every, count)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.before = self.before or self._evaluate(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.every and trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
-            self._evaluate(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.after = self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:

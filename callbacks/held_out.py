@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mmgen.data.datamodule import sample_seed
@@ -39,6 +41,38 @@ def held_out(trainer: Trainer, pl_module: LightningModule, count: int, batch_siz
             kept = HeldOut(records, sample(MultimodalPipeline.of(pl_module), records, pl_module.sampler, batch_size))  # type: ignore[arg-type]
         _drawn[trainer] = (trainer.global_step, kept)
     return HeldOut(kept.records[:count], kept.pictures[:count])
+
+
+class HeldOutCallback(Callback, ABC):
+    """When a callback looks at the held-out pictures: every ``every`` optimizer steps, and after the last one.
+
+    Args:
+        every: optimizer steps between looks; 0 for the last one only.
+        count: held-out instructions.
+    """
+
+    def __init__(self, every: int, count: int) -> None:
+        self.every, self.count = every, count
+        self.step = self.looked = -1
+
+    @abstractmethod
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the callback does with the pictures of this step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            return  # gradients are still accumulating
+        self.step = trainer.global_step
+        if self.every and self.step % self.every == 0 and self.step != trainer.max_steps:
+            self.looked = self.step
+            self.look(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self.looked:
+            self.look(trainer, pl_module)
 
 
 def sample(pipeline: MultimodalPipeline, records: list[Record], sampler, batch_size: int = 32, seed: int = 0) -> Tensor:  # type: ignore[no-untyped-def]

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
@@ -19,21 +18,22 @@ from lightning_mmgen.data.images import open_picture, pad_square
 from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.prompt import Record
 
-from .held_out import held_out
+from .held_out import HeldOutCallback, held_out
 
 
-class PictureGrid(Callback):
+class PictureGrid(HeldOutCallback):
     """Draws the grid before training, every ``every`` steps, and at the end; to the run folder and to TensorBoard.
 
     Args:
-        every: training steps between grids; 0 for before and after only.
+        every: optimizer steps between grids; 0 for before and after only.
         count: held-out instructions.
         cell: side of a picture in the grid, in pixels.
         columns: instructions side by side.
     """
 
     def __init__(self, every: int = 0, count: int = 16, cell: int = 96, columns: int = 2) -> None:
-        self.every, self.count, self.cell, self.columns = every, count, cell, columns
+        super().__init__(every, count)
+        self.cell, self.columns = cell, columns
         self.before: Tensor | None = None
         self.path: Path | None = None
 
@@ -41,14 +41,7 @@ class PictureGrid(Callback):
         if self.before is None:
             self.before = held_out(trainer, pl_module, self.count).pictures
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.every and trainer.global_step % self.every == 0 and trainer.global_step < trainer.max_steps:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         records, pictures = held_out(trainer, pl_module, self.count)
         if not records or not trainer.is_global_zero or trainer.log_dir is None:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(staging, target)
-        except BaseException:
+        except BaseException as error:
             staging.unlink(missing_ok=True)
+            cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, cause.strerror, str(path)) from error
             raise
         folder = os.open(target.parent, os.O_RDONLY)
         try:
@@ -38,7 +42,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: no such checkpoint.
+            ValueError: the file is damaged, or would run code.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: no such checkpoint")
-        return dict(torch.load(path, map_location=map_location, weights_only=True))
+        try:
+            return dict(torch.load(path, map_location=map_location, weights_only=True))
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).split(".")[0] or type(error).__name__
+            raise ValueError(f"{path}: not a checkpoint of plain types and tensors, or damaged ({reason})") from error

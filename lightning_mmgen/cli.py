@@ -120,7 +120,9 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    for message in ("`isinstance\\(treespec", "Found .* in eval mode", "Total length of `list`", "The '.*_dataloader' does not have many"):
+    known = ("`isinstance\\(treespec", "Found .* in eval mode", "Total length of `list`", "The '.*_dataloader' does not have many")
+    exact = ("You're resuming from a checkpoint that ended before the epoch", "You are using a custom batch sampler")  # the data module's job
+    for message in (*known, *exact):
         warnings.filterwarnings("ignore", message)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Condition
+from .data.datamodule import MultimodalDataModule
 from .diffusion import ConditionDropout, Diffusion, drop_condition
 from .losses import DenoisingStep, LossTerm, diffusion_loss
 from .models.adapter import AdapterConfig
@@ -159,9 +160,16 @@ class MultimodalDiffusion(L.LightningModule):
             return None
         terms = self.loss(self.denoising_step(batch))
         total = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(total):  # before it reaches the weights
+            values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+            raise ValueError(f"loss is {total.item():g} at step {self.global_step} (terms: {values}; rows: {', '.join(batch.ids)})")
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=batch.size)
         self.log("loss", total.detach(), prog_bar=True, batch_size=batch.size)
         return total
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if isinstance(data := getattr(self.trainer, "datamodule", None), MultimodalDataModule):
+            self.log("data/bad_rows", float(len(data.bad)))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total = torch.stack(list(self.loss(self.denoising_step(batch)).values())).sum()
@@ -184,7 +192,8 @@ class MultimodalDiffusion(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """AdamW with one group a trained row, and the schedule in optimizer steps."""
         groups = self.table.groups()
-        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
+        optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=fused)
         steps = self.trainer.max_steps
         if self.schedule.decay != "constant" and steps < 1:
             raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import Idefics2Config, Idefics2ForConditionalGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import CLIPConfig, CLIPModel, Idefics2Config, Idefics2ForConditionalGeneration, PreTrainedTokenizerFast
 
 from lightning_mmgen.models.adapter import Adapter
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
@@ -16,9 +18,10 @@ from lightning_mmgen.models.weights import locate
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test starts from the same random state."""
+def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test starts from the same random state; YAMLs may name classes of the tests."""
     torch.manual_seed(0)
+    monkeypatch.setenv("MMGEN_ALLOW", "tests")
 
 
 @pytest.fixture(scope="session")
@@ -118,6 +121,37 @@ def parts(vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_unet().save_pretrained(folder / "unet")
     make_vae().save_pretrained(folder / "vae")
     return folder
+
+
+CLIP_WORDS = ["<pad>", "<unk>", "<s>", "</s>", "a", "red", "blue", "green", "cat", "box", "star", "on"]
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a CLIP for pictures of 16 px and texts of 12 tokens."""
+    folder = tmp_path_factory.mktemp("clip")
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(CLIP_WORDS)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 2), ("</s>", 3)])
+    names = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
+    text = {**size, "vocab_size": len(CLIP_WORDS), "max_position_embeddings": 12, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    vision = {**size, "image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    return folder
+
+
+LORA: dict[str, Any] = {"train": "lora", "rank": 2, "lr": 1e-2, "dropout": 0.2}
+DROPOUT_ROWS: list[dict[str, Any]] = [
+    {"match": "encoder.vision", "train": "frozen"},
+    {"match": "encoder.projector", **LORA},
+    {"match": "encoder.language", **LORA},
+    {"match": "adapter", "train": "full", "lr": 1e-2},
+    {"match": "unet", **LORA},
+]
+"""A parameter table with dropout in its LoRA: training draws from the process's generator."""
 
 
 @pytest.fixture(scope="session")

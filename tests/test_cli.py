@@ -12,6 +12,7 @@ import pytest
 from PIL import Image as PILImage
 
 from lightning_mmgen import cli
+from lightning_mmgen.__main__ import other_owners
 
 ROOT = Path(__file__).parent.parent
 INSTRUCT = str(ROOT / "experiments" / "instruct.yaml")
@@ -35,6 +36,23 @@ def test_help_is_quick(command: list[str]) -> None:
     assert "fit" in out
 
 
+def test_a_rival_of_the_command_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "lightning_sdk-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-sdk\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nlightning = lightning_sdk.cli:main\n")
+    assert other_owners() == []
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert other_owners() == ["lightning-sdk"]
+
+
+def test_the_callbacks_are_installed_inside_the_package_only(tmp_path: Path) -> None:
+    inside = "import lightning_mmgen.callbacks as c; print(c.PictureGrid.__module__)"
+    out = subprocess.run([sys.executable, "-c", inside], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "lightning_mmgen.callbacks.picture_grid"
+    assert subprocess.run([sys.executable, "-c", "import callbacks"], cwd=tmp_path, capture_output=True).returncode != 0
+
+
 @pytest.mark.parametrize(
     ("args", "names"),
     [
@@ -46,6 +64,7 @@ def test_help_is_quick(command: list[str]) -> None:
         (["--model.init_args.codec.pretrained=toybox/none"], "toybox/none"),
         (["--model.init_args.diffusion.prediction_type=epsilon"], "zero_terminal_snr"),
         (["--model.init_args.condition_dropout.both=1.5"], "condition_dropout"),
+        (["--model.init_args.encoder.init_args.max_tokens=9"], "more than max_tokens=9"),
         (["-c", "no_such.yaml"], "no_such.yaml"),
     ],
     ids=lambda v: v[0].split("=")[0].split(".")[-1] if isinstance(v, list) else None,

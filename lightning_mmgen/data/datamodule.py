@@ -95,6 +95,7 @@ class RecordDataset(Dataset["Sample | BadRow"]):
     def __getitem__(self, position: Position) -> Sample | BadRow:  # type: ignore[override]
         try:
             record = self.source.record(position.index, position.epoch)
+            record = record if record.id else replace(record, id=f"row {position.index + 1}")
             return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index))
         except RowError as error:
             return BadRow(position.index, str(error))
@@ -238,6 +239,7 @@ class MultimodalDataModule(L.LightningDataModule):
             num_workers=self.workers,
             collate_fn=collate,
             persistent_workers=self.workers > 0,
+            generator=torch.Generator(),  # else each epoch takes a number from the process's own, which a resume would not
         )
 
     def held_out_records(self, count: int) -> list[Record]:

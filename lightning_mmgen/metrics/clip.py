@@ -20,6 +20,7 @@ class CLIPSimilarity(Metric):
         pretrained: hub name, folder, or ``toybox/clip``.
     """
 
+    full_state_update = False
     total: Tensor
     count: Tensor
 

@@ -22,6 +22,7 @@ class ToyboxFollowing(Metric):
     confidence interval (bootstrap over pictures) under ``<name>_ci``.
     """
 
+    full_state_update = False
     following: list[Tensor]
     strict: list[Tensor]
     consistency: list[Tensor]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import rms_norm
 
 from ..batch import Condition, PackedImages, Span
 from ..prompt import RecordError, split
@@ -24,6 +25,8 @@ class Encoder(nn.Module, ABC):
         pretrained: hub name, local folder or ``toybox/<part>``.
         image_tokens: token budget of a reference; its pictures are squares of ``reference_size`` pixels.
         max_tokens: longest prompt, pictures included; a longer one is an error, never cut.
+        mix: what comes out. None: the last hidden states (MUMU). A number w: input embeddings + w x last hidden states, each
+            RMS-normalised; the last states of a small language model say much about the next token and little about their own.
     """
 
     vision: nn.Module
@@ -32,11 +35,11 @@ class Encoder(nn.Module, ABC):
     transformers_names: dict[str, str]
     """Where the parts lie in the model of ``transformers``, for LoRA that PEFT loads there."""
 
-    def __init__(self, pretrained: str, image_tokens: int, max_tokens: int = 2048) -> None:
+    def __init__(self, pretrained: str, image_tokens: int, max_tokens: int = 2048, mix: float | None = None) -> None:
         super().__init__()
         if image_tokens < 1 or round(image_tokens**0.5) ** 2 != image_tokens:
             raise ValueError(f"image_tokens must be a square number, not {image_tokens}")
-        self.pretrained, self.image_tokens, self.max_tokens = pretrained, image_tokens, max_tokens
+        self.pretrained, self.image_tokens, self.max_tokens, self.mix = pretrained, image_tokens, max_tokens, mix
         self._tokenizer: Any = None
 
     @property
@@ -54,7 +57,7 @@ class Encoder(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """The arguments that build an encoder like this one."""
-        return {"pretrained": self.pretrained, "image_tokens": self.image_tokens, "max_tokens": self.max_tokens}
+        return {"pretrained": self.pretrained, "image_tokens": self.image_tokens, "max_tokens": self.max_tokens, "mix": self.mix}
 
     @property
     @abstractmethod
@@ -141,7 +144,10 @@ class Encoder(nn.Module, ABC):
         return inputs, mask, spans
 
     def forward(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Condition:
-        """Encode b prompts: last hidden states [b, n, d] of text and picture tokens alike."""
+        """Encode b prompts: hidden states [b, n, d] of text and picture tokens alike."""
         inputs, mask, spans = self.embed(instructions, markers, references)
         out = self.language(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False)
-        return Condition(out.last_hidden_state, mask, spans)
+        tokens = out.last_hidden_state
+        if self.mix is not None:
+            tokens = rms_norm(inputs, inputs.shape[-1:]) + self.mix * rms_norm(tokens, tokens.shape[-1:])
+        return Condition(tokens, mask, spans)

@@ -19,6 +19,7 @@ class Idefics2Encoder(Encoder):
         pretrained: hub name, local folder or ``toybox/vlm``.
         image_tokens: 324 = 18 x 18 patches of 14 px in MUMU's stage 1, 1,296 in stage 2.
         max_tokens: longest prompt, pictures included.
+        mix: None for the last hidden states (MUMU), or the weight at which they are added to the input embeddings.
         norm: RMS-normalise the projected patches, as the removed perceiver did at its end.
         dtype: weights' dtype (``float32``, ``bfloat16``).
         attention: attention implementation of ``transformers``.
@@ -35,11 +36,12 @@ class Idefics2Encoder(Encoder):
         pretrained: str = "HuggingFaceM4/idefics2-8b",
         image_tokens: int = 324,
         max_tokens: int = 2048,
+        mix: float | None = None,
         norm: bool = False,
         dtype: str = "float32",
         attention: str = "sdpa",
     ) -> None:
-        super().__init__(pretrained, image_tokens, max_tokens)
+        super().__init__(pretrained, image_tokens, max_tokens, mix)
         self.norm, self.dtype, self.attention = norm, dtype, attention
         self._config: Any = None
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,12 +36,17 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
 
     Args:
         dtype: of the fully trained weights; as they are if none is given.
+
+    Raises:
+        FileExistsError: ``out`` holds files, which would mix with the export.
     """
     root = Path(out)
     root.mkdir(parents=True, exist_ok=True)
+    if any(root.iterdir()):
+        raise FileExistsError(f"{out}: is not empty")
     _, unet_config, codec_config = module.parts
     full = {n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n}
-    _merged(module.adapter).to(dtype or torch.float32).save_pretrained(root / "adapter")
+    _merged(module.adapter, dtype or torch.float32).save_pretrained(root / "adapter")
     DDIMScheduler(**module.diffusion.scheduler_config()).save_pretrained(root / "scheduler")
     if unet_config.from_scratch or any(n.startswith("unet.") for n in full):
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")
@@ -71,13 +77,16 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
 
 
 def load_lora(encoder: Encoder, unet: UNet2DConditionModel, root: Path) -> None:
-    """Put an export's LoRA, and the encoder's fully trained weights, onto freshly built parts."""
+    """Put an export's LoRA, and the encoder's fully trained weights, onto freshly built parts; float32, as in training, whatever the
+    dtype of the parts."""
     if (root / "encoder.safetensors").is_file():
-        missing = encoder.load_state_dict(load_file(root / "encoder.safetensors"), strict=False, assign=True)  # float32 in a bfloat16 VLM, say
+        weights = {n: w.float() for n, w in load_file(root / "encoder.safetensors").items()}
+        missing = encoder.load_state_dict(weights, strict=False, assign=True)
         if missing.unexpected_keys:
             raise ValueError(f"{root / 'encoder.safetensors'}: {missing.unexpected_keys[0]} is not in {encoder.pretrained}")
     if (root / UNET_LORA).is_file():
         unet.load_lora_adapter(root, weight_name=UNET_LORA, prefix="unet", use_safetensors=True)
+        _set(unet, convert_unet_state_dict_to_peft({n.removeprefix("unet."): w for n, w in load_file(root / UNET_LORA).items()}))
     if (folder := root / "encoder_lora").is_dir():
         names = {outer: inner for inner, outer in encoder.transformers_names.items()}
         config = LoraConfig.from_pretrained(str(folder))
@@ -88,7 +97,16 @@ def load_lora(encoder: Encoder, unet: UNet2DConditionModel, root: Path) -> None:
         weights = {
             _rename(n.removeprefix("base_model.model."), names): v for n, v in load_file(folder / "adapter_model.safetensors").items()
         }
-        set_peft_model_state_dict(encoder, weights)
+        _set(encoder, weights)
+
+
+def _set(part: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a part's LoRA layers their weights; PEFT itself would round them to the dtype of the layer below."""
+    layers = {re.sub(r"(\.lora_[AB])\.\w+", r"\1", n): p for n, p in part.named_parameters() if ".lora_" in n}
+    if odd := sorted(set(layers) ^ set(weights)):
+        raise ValueError(f"the LoRA is not of this {type(part).__name__}: {len(odd)} tensors differ, first {odd[0]}")
+    for name, layer in layers.items():
+        layer.data = weights[name]
 
 
 def lora_config(part: nn.Module) -> LoraConfig | None:
@@ -135,13 +153,15 @@ def _rename(name: str, prefixes: dict[str, str]) -> str:
     return name
 
 
-def _merged(part: nn.Module) -> Any:
+def _merged(part: nn.Module, dtype: torch.dtype) -> Any:
     """A copy with LoRA added to the weights."""
     part = copy.deepcopy(part)
     for name, layer in list(part.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
             part.set_submodule(name, layer.get_base_layer())
+    for parameter in part.parameters():
+        parameter.data = parameter.data.to(dtype)
     return part
 
 

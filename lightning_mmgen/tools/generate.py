@@ -38,10 +38,17 @@ def load_module(ckpt: str | Path) -> MultimodalDiffusion:
 
 
 def instantiate_model(config: Path) -> MultimodalDiffusion:
-    """The module of a run's resolved configuration, unbuilt."""
-    from ..cli import read_model
+    """The module of a run's resolved configuration, unbuilt.
 
-    return read_model(config)
+    Raises:
+        ValueError: it names a class that is not here, say.
+    """
+    from ..cli import one_line, read_model
+
+    try:
+        return read_model(config)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{config}: {one_line(error)}") from error
 
 
 def export_checkpoint(ckpt: str, out: str, dtype: str | None = None) -> Path:
@@ -55,8 +62,9 @@ def generate(args: argparse.Namespace) -> list[Path]:
     Raises:
         ValueError: a marker without its reference, or a size that the model cannot draw.
     """
-    if args.count < 1:
-        raise ValueError(f"--count must be 1 or more, not {args.count}")
+    for name in ("count", "steps", "height", "width"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} must be 1 or more, not {value}")
     references = tuple(Reference(k + 1, Path(r).read_bytes()) for k, r in enumerate(args.ref))
     prompt = MultimodalPrompt(args.prompt, references)
     if args.ckpt:

@@ -186,9 +186,9 @@ class Score:
 def score(picture: NDArray[np.uint8], truth: Truth) -> Score:
     """Instruction following and object consistency of a picture [64, 64, 3].
 
-    Following: shape, colour and texture of every toy, where it is, the background, and sizes and style where stated. Consistency
-    of a toy that a reference shows: 1 - the mean error of its unnamed traits, each over its range; 0 where no toy of its shape
-    and colour is found.
+    Following: shape, colour and texture of every toy, where they are (or else how many), the background, and sizes and style where
+    stated. Consistency of a toy that a reference shows: 1 - the mean error of its unnamed traits, each over its range; 0 where no toy of
+    its shape and colour is found.
     """
     reading, scene = read(picture), truth.scene
     matched = _match(reading, truth)
@@ -200,7 +200,8 @@ def score(picture: NDArray[np.uint8], truth: Truth) -> Score:
             conditions[f"{name} {k + 1}"] = seen is not None and getattr(seen.toy, name) == getattr(placed.toy, name)
         if truth.sizes:
             conditions[f"size {k + 1}"] = seen is not None and seen.size == placed.size
-    conditions["place"] = _placed(matched, scene.place) and len(reading.toys) == len(scene.toys)
+    counted = len(reading.toys) == len(scene.toys)
+    conditions["place" if truth.place else "count"] = counted and (not truth.place or _placed(matched, scene.place))
     return Score(conditions, tuple(consistency(scene.toys[k].toy, matched[k]) for k, _ in truth.shown))
 
 

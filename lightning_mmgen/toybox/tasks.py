@@ -28,13 +28,14 @@ class Truth:
     Attributes:
         scene: the target scene.
         shown: for toys that a reference or source shows, index of the toy -> marker.
-        sizes, style: whether the instruction states the toys' sizes and the picture's style.
+        sizes, style, place: whether the instruction states the toys' sizes, the picture's style, and where the toys are.
     """
 
     scene: Scene
     shown: tuple[tuple[int, int], ...] = ()
     sizes: bool = False
     style: bool = False
+    place: bool = True
 
 
 def picture(scene: Scene, side: int = SIDE) -> Image:
@@ -77,11 +78,13 @@ def caption(rng: np.random.Generator, held: bool) -> Record:
 def subject(rng: np.random.Generator, held: bool) -> Record:
     """The toys are shown, not named: another picture of each, and words for place and background."""
     scene = replace(random_scene(rng, held=held), style="flat")
-    names = [f"[ref#{k + 1}] " + ("toy" if rng.random() < 0.8 else p.toy.shape) for k, p in enumerate(scene.toys)]
-    sizes = bool(rng.random() < 0.3)
-    refs = [Reference(k + 1, _portrait(rng, p.toy), names[k].split("] ")[1]) for k, p in enumerate(scene.toys)]
-    text = str(rng.choice(PREFIXES)) + scene.caption(names, sizes=sizes, style=False)
-    return _record("subject", text, scene, refs, Truth(scene, tuple((k, k + 1) for k in range(len(names))), sizes))
+    phrases = ["toy" if u < 0.7 else "" if u < 0.85 else p.toy.shape for u, p in zip(rng.random(2), scene.toys, strict=False)]
+    names = [f"[ref#{k + 1}] {phrase}".strip() for k, phrase in enumerate(phrases)]
+    refs = [Reference(k + 1, _portrait(rng, p.toy), phrase) for k, (p, phrase) in enumerate(zip(scene.toys, phrases, strict=True))]
+    sizes, where = bool(rng.random() < 0.3), len(names) == 1 or bool(rng.random() < 0.85)
+    told = scene if where else replace(scene, place="and")
+    text = str(rng.choice(PREFIXES)) + told.caption(names, sizes=sizes, style=False)
+    return _record("subject", text, scene, refs, Truth(scene, tuple((k, k + 1) for k in range(len(names))), sizes, place=where))
 
 
 def crops(rng: np.random.Generator, held: bool) -> Record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Idefics2ForConditionalGeneration
 
@@ -33,12 +32,12 @@ UNET = Row("unet", "lora", lr=1e-3, rank=2, alpha=6, dropout=0.2)
 MIDDLE = Row("unet.mid_block", "lora", lr=1e-3, rank=4, alpha=3, dropout=0.2)
 
 
-def trained(parts: Path, rows: list[Row], encoder: dict[str, Any] | None = None, unet: dict[str, Any] | None = None) -> MultimodalDiffusion:
+def trained(parts: Path, rows: list[Row], dtype: str = "float32", from_scratch: bool = False, by: float = 0.3) -> MultimodalDiffusion:
     """A module of the tiny parts whose trained weights have moved far from where they began."""
     module = MultimodalDiffusion(
-        Idefics2Encoder(str(parts / "vlm"), image_tokens=16, **encoder or {}),
+        Idefics2Encoder(str(parts / "vlm"), image_tokens=16, dtype=dtype),
         AdapterConfig(layers=2, heads=2, width=8),
-        UNetConfig(str(parts / "unet"), None, **unet or {}),
+        UNetConfig(str(parts / "unet"), None, dtype, from_scratch),
         CodecConfig(str(parts / "vae"), None),
         rows,
         Diffusion("v_prediction", zero_terminal_snr=True),
@@ -47,7 +46,7 @@ def trained(parts: Path, rows: list[Row], encoder: dict[str, Any] | None = None,
     module.configure_model()
     with torch.no_grad():
         for parameter in module.trainable().values():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+            parameter.add_(torch.randn_like(parameter), alpha=by)
     return module.eval()
 
 
@@ -72,9 +71,8 @@ def assert_reloads(module: MultimodalDiffusion, folder: Path) -> None:
 
 def test_an_export_draws_the_same_pictures(module: MultimodalDiffusion, parts: Path, tmp_path: Path) -> None:
     assert_reloads(module, tmp_path)
-    assert not torch.allclose(
-        drawn(MultimodalPipeline.of(module)), drawn(MultimodalPipeline.of(trained(parts, module.table.rows))), atol=1e-2
-    )
+    untrained = MultimodalPipeline.of(trained(parts, module.table.rows, by=0.0))
+    assert not torch.allclose(drawn(MultimodalPipeline.of(module)), drawn(untrained), atol=0.1)
 
 
 def test_an_export_holds_no_pickles(module: MultimodalDiffusion, tmp_path: Path) -> None:
@@ -149,16 +147,14 @@ def test_a_unet_without_lora_is_a_folder_of_plain_diffusers(parts: Path, tmp_pat
 
 
 def test_a_unet_from_scratch_is_exported_whole(parts: Path, tmp_path: Path) -> None:
-    assert_reloads(trained(parts, [Row("encoder", "frozen"), ADAPTER, UNET], unet={"from_scratch": True}), tmp_path)
+    assert_reloads(trained(parts, [Row("encoder", "frozen"), ADAPTER, UNET], from_scratch=True), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_fully_trained_projector(dtype: str, parts: Path, tmp_path: Path) -> None:
-    """It is float32 where the rest of the VLM is not, too."""
-    rows = [VISION, Row("encoder.projector", "full", lr=1e-3), LANGUAGE, ADAPTER, UNET]
-    module = trained(parts, rows, encoder={"dtype": dtype})
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-        assert_reloads(module, tmp_path)
+    """It and the LoRA stay float32 where the VLM and the UNet are not."""
+    module = trained(parts, [VISION, Row("encoder.projector", "full", lr=1e-3), LANGUAGE, ADAPTER, UNET], dtype)
+    assert_reloads(module, tmp_path)
     saved = load_file(tmp_path / "encoder.safetensors")
     assert set(saved) == {f"projector.{n}" for n, _ in module.encoder.projector.named_parameters()}
     assert {w.dtype for w in saved.values()} == {torch.float32}
@@ -188,11 +184,6 @@ def test_the_adapter_is_a_diffusers_model(module: MultimodalDiffusion, tmp_path:
 
 def test_weights_that_are_not_the_encoders_are_refused(parts: Path, tmp_path: Path) -> None:
     module = trained(parts, [VISION, Row("encoder.projector", "full", lr=1e-3), Row("encoder.language", "frozen"), ADAPTER, UNET])
-    index = json.loads((export(module, tmp_path) / "model_index.json").read_text())
-    (tmp_path / "encoder.safetensors").rename(tmp_path / "other")
-    from safetensors.torch import save_file
-
-    save_file({"projector.gone": torch.zeros(1)}, tmp_path / "encoder.safetensors")
+    save_file({"projector.gone": torch.zeros(1)}, export(module, tmp_path) / "encoder.safetensors")
     with pytest.raises(ValueError, match=r"projector\.gone is not in"):
         MultimodalPipeline.from_pretrained(tmp_path)
-    assert index["encoder"]["init"]["image_tokens"] == 16

@@ -1,0 +1,121 @@
+"""Looking at the model while it trains: no trace in the training, one look a step."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch.cli import LightningCLI
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_mmgen.callbacks import EMA, evaluation
+from lightning_mmgen.cli import main
+
+from ..conftest import DROPOUT_ROWS
+
+LOOKS = [
+    {"class_path": "FollowingEvaluation", "init_args": {"every": 1, "count": 2}},
+    {"class_path": "PictureGrid", "init_args": {"every": 1, "count": 2}},
+]
+
+
+def fit(
+    experiment: Path, name: str, callbacks: list[dict[str, Any]], rows: list[dict[str, Any]], *args: str
+) -> tuple[LightningCLI, list[str]]:
+    """Three steps with an average; the run, and its losses to the last bit."""
+    out = Path(f"{name}.jsonl")
+    recorder = {"class_path": "tests.recorder.LossRecorder", "init_args": {"out": str(out)}}
+    ema = {"class_path": "EMA", "init_args": {"decay": 0.9}}
+    added = (f"--trainer.callbacks+={json.dumps(c)}" for c in (ema, recorder, *callbacks))
+    model = (f"--model.init_args.parameters={json.dumps(rows)}", f"--trainer.logger.init_args.name={name}", "--trainer.max_steps=3")
+    cli = main(["fit", "-c", str(experiment), *model, *added, *args])
+    return cli, [json.loads(line)["loss"] for line in out.read_text().splitlines()]
+
+
+@pytest.fixture
+def large(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for pictures of 64 px, as the oracle reads them."""
+    monkeypatch.chdir(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(parts / "unet")
+    unet.register_to_config(sample_size=32)
+    unet.save_pretrained(tmp_path / "unet")
+    return [f"--model.init_args.unet.pretrained={tmp_path / 'unet'}", "--data.init_args.target_size=64"]
+
+
+def scalars(run: str, tag: str) -> list[int]:
+    """The steps of a scalar on the dashboard."""
+    events = EventAccumulator(str(Path("runs") / run / "version_0"))
+    events.Reload()
+    return [e.step for e in events.Scalars(tag)]
+
+
+def test_evaluation_leaves_no_trace_in_the_losses(experiment: Path, clip: Path, large: list[str]) -> None:
+    score = {"class_path": "CLIPScoreEvaluation", "init_args": {"every": 1, "count": 2, "model": str(clip)}}
+    _, plain = fit(experiment, "plain", [], DROPOUT_ROWS, *large)
+    cli, looked = fit(experiment, "looked", [*LOOKS, score], DROPOUT_ROWS, *large)
+    assert looked == plain and len(plain) == 3
+    assert fit(experiment, "still", [], [{**row, "dropout": 0.0} for row in DROPOUT_ROWS], *large)[1] != plain  # dropout was on, then
+    for score in ("following", "strict", "consistency", "clip_t"):
+        assert scalars("looked", f"held_out/{score}") == [0, 1, 2, 3]
+    following = next(c for c in cli.trainer.callbacks if type(c).__name__ == "FollowingEvaluation")
+    assert set(following.before) == set(following.after) and "instruction following" in following.table()
+
+
+def test_accumulating_gradients_does_not_look_twice(experiment: Path, large: list[str]) -> None:
+    args = ("--trainer.accumulate_grad_batches=2", "--trainer.max_steps=-1", "--trainer.max_epochs=2")
+    fit(experiment, "run", LOOKS, DROPOUT_ROWS, *large, *args)
+    assert scalars("run", "held_out/following") == [0, 1, 2, 3, 4]
+    assert sorted(p.name for p in Path("runs/run/version_0").glob("pictures-*.png")) == [f"pictures-{i:06d}.png" for i in (1, 2, 3, 4)]
+
+
+def test_a_resumed_run_keeps_what_was_before(experiment: Path, clip: Path, large: list[str]) -> None:
+    score = {"class_path": "CLIPScoreEvaluation", "init_args": {"count": 2, "model": str(clip)}}
+    first, _ = fit(experiment, "run", [*LOOKS, score], DROPOUT_ROWS, *large, "--trainer.max_steps=2")
+    second, _ = fit(experiment, "run", [*LOOKS, score], DROPOUT_ROWS, *large, "--ckpt_path=last")
+    before = [{type(c).__name__: getattr(c, "before", None) for c in cli.trainer.callbacks} for cli in (first, second)]
+    assert before[0]["FollowingEvaluation"] == before[1]["FollowingEvaluation"] is not None
+    assert torch.equal(before[0]["PictureGrid"], before[1]["PictureGrid"])
+    assert scalars("run", "held_out/clip_t") == [0, 2, 3]
+
+
+class Small(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.dropout = nn.Linear(2, 2), nn.Dropout()
+        self.dropout.eval()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+
+def draw() -> tuple[float, ...]:
+    return float(torch.rand(())), random.random(), float(np.random.rand())
+
+
+def test_modes_weights_and_generators_are_as_they_were() -> None:
+    module, ema = Small(), EMA(0.9)
+    weight = module.layer.weight.detach().clone()
+    ema.mean = {n: torch.zeros_like(p) for n, p in module.named_parameters()}
+    trainer = L.Trainer(accelerator="cpu", callbacks=[ema], logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(5)
+    expected = draw()
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(5)
+    with evaluation(trainer, module):
+        draw()
+        assert not any(m.training for m in module.modules()) and not torch.is_grad_enabled()
+        assert not module.layer.weight.any()
+    assert draw() == expected
+    assert module.training and module.layer.training and not module.dropout.training
+    with pytest.raises(KeyError), evaluation(trainer, module):
+        raise KeyError
+    assert module.training and torch.equal(module.layer.weight, weight) and torch.is_grad_enabled()

@@ -1,0 +1,96 @@
+"""Checkpoints: whole or not there, small, and free of code."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_mmgen.checkpoint import AtomicCheckpointIO
+from lightning_mmgen.cli import main
+
+IO = AtomicCheckpointIO()
+
+
+def checkpoint(value: float) -> dict[str, Any]:
+    """About 200 KB of a value."""
+    return {"global_step": int(value), "state_dict": {"w": torch.full((50_000,), value)}}
+
+
+@contextmanager
+def full_disk(left: int) -> Iterator[None]:
+    """No file can grow beyond ``left`` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (left, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("left", [0, 1_000, 100_000])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(left: int, tmp_path: Path) -> None:
+    path = tmp_path / "runs" / "last.ckpt"
+    IO.save_checkpoint(checkpoint(1), path)
+    with full_disk(left), pytest.raises(OSError, match=r"last\.ckpt"):
+        IO.save_checkpoint(checkpoint(2), path)
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+    assert torch.equal(IO.load_checkpoint(path)["state_dict"]["w"], checkpoint(1)["state_dict"]["w"])
+    IO.save_checkpoint(checkpoint(2), path)
+    assert IO.load_checkpoint(path)["global_step"] == 2
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.ckpt: no such checkpoint"):
+        IO.load_checkpoint(tmp_path / "gone.ckpt")
+
+
+class Owned:
+    """An object that writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("weights_only", [True, False, None])
+def test_a_checkpoint_cannot_run_code(weights_only: bool | None, tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "extra": Owned(tmp_path / "owned")}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"bad\.ckpt: not a checkpoint of plain types and tensors"):
+        IO.load_checkpoint(tmp_path / "bad.ckpt", weights_only=weights_only)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_damaged_checkpoint_is_named(share: float, tmp_path: Path) -> None:
+    IO.save_checkpoint(checkpoint(1), path := tmp_path / "cut.ckpt")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"cut\.ckpt: not a checkpoint"):
+        IO.load_checkpoint(path)
+
+
+def test_a_run_saves_what_it_trains_and_nothing_else(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cli = main(["fit", "-c", str(experiment)])
+    folder = tmp_path / "runs/tiny/version_0/checkpoints"
+    saved: dict[str, Tensor] = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
+    assert set(saved) == set(cli.model.trainable())
+    assert all("lora_" in name or name.startswith("adapter.") for name in saved)
+    assert all(torch.equal(cli.model.get_parameter(name), w) for name, w in saved.items())
+    assert not list(folder.glob(".*"))
+
+
+def test_a_checkpoint_of_another_table_is_refused(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "-c", str(experiment)])
+    rows = "[{match: encoder, train: frozen}, {match: adapter, train: full, lr: 0.1}, {match: unet, train: frozen}]"
+    with pytest.raises(ValueError, match="another parameter table: .* trained only in the checkpoint"):
+        main(["fit", "-c", str(experiment), f"--model.init_args.parameters={rows}", "--ckpt_path=last"])
