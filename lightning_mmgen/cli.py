@@ -121,7 +121,10 @@ def _quiet() -> None:
 
     logging.disable_progress_bar()
     known = ("`isinstance\\(treespec", "Found .* in eval mode", "Total length of `list`", "The '.*_dataloader' does not have many")
-    exact = ("You're resuming from a checkpoint that ended before the epoch", "You are using a custom batch sampler")  # the data module's job
+    exact = (
+        "You're resuming from a checkpoint that ended before the epoch",
+        "You are using a custom batch sampler",
+    )  # the data module's job
     for message in (*known, *exact):
         warnings.filterwarnings("ignore", message)
 

@@ -47,7 +47,11 @@ def test_noise_is_what_it_is_called() -> None:
 def test_rates_count_optimizer_steps(accumulate: int, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recorder = {"class_path": "tests.recorder.LossRecorder", "init_args": {"out": str(tmp_path / "losses.jsonl")}}
-    args = ["--model.init_args.schedule={warmup: 2, decay: linear}", "--trainer.max_steps=4", f"--trainer.callbacks+={json.dumps(recorder)}"]
+    args = [
+        "--model.init_args.schedule={warmup: 2, decay: linear}",
+        "--trainer.max_steps=4",
+        f"--trainer.callbacks+={json.dumps(recorder)}",
+    ]
     main(["fit", "-c", str(experiment), *args, f"--trainer.accumulate_grad_batches={accumulate}"])
     rows = [json.loads(line) for line in (tmp_path / "losses.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * accumulate
@@ -55,7 +59,9 @@ def test_rates_count_optimizer_steps(accumulate: int, experiment: Path, tmp_path
     assert [ends[i] for i in (1, 2, 3, 4)] == pytest.approx([1e-2, 1e-2, 0.5e-2, 0.0])
 
 
-def test_the_same_seed_gives_the_same_losses_and_another_does_not(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     losses = []
     for name, seed in (("a", 7), ("b", 7), ("c", 8)):

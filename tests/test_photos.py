@@ -90,7 +90,7 @@ def test_photographs_of_all_kinds_pass_the_check(records: Path, capsys: pytest.C
 
 
 def test_a_photograph_on_its_side_is_read_upright(records: Path) -> None:
-    wide = PILImage.fromarray(data.chelsea())
+    wide = PILImage.fromarray(data.chelsea())  # type: ignore[no-untyped-call]
     name = save(wide, 5, records.parent, "side")
     with PILImage.open(records.parent / name) as stored:
         assert stored.width < stored.height

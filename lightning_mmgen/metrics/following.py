@@ -51,8 +51,8 @@ class ToyboxFollowing(Metric):
 
 
 def interval(values: Tensor, draws: int = 1000) -> Tensor:
-    """Half the width of the 95 % bootstrap confidence interval of the mean of ``values`` [n]."""
+    """Half the width of the 95 % bootstrap confidence interval of the mean of ``values`` [n], whatever their order."""
     picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    means = values.double().cpu().numpy()[picks].mean(1)
+    means = np.sort(values.double().cpu().numpy())[picks].mean(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return torch.tensor((high - low) / 2)

@@ -52,6 +52,9 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")
     if trained := {_plain(n.removeprefix("encoder.")): p for n, p in module.named_parameters() if n in full and n.startswith("encoder.")}:
         save_file({n: p.detach().to(dtype or p.dtype).contiguous() for n, p in trained.items()}, root / "encoder.safetensors")
+    for file in root.glob("*/config.json"):  # where the weights once lay is nobody's business
+        config_json = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
+        file.write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
     if config := lora_config(module.unet):
         weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(module.unet, adapter_name="default"))
         metadata = {f"unet.{k}": v for k, v in _plain_config(config).items()}

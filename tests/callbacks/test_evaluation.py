@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LightningCLI
+from lightning_mmgen.callbacks import EMA, FollowingEvaluation, PictureGrid, evaluation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_mmgen.callbacks import EMA, evaluation
 from lightning_mmgen.cli import main
 
 from ..conftest import DROPOUT_ROWS
@@ -63,9 +63,9 @@ def test_evaluation_leaves_no_trace_in_the_losses(experiment: Path, clip: Path, 
     cli, looked = fit(experiment, "looked", [*LOOKS, score], DROPOUT_ROWS, *large)
     assert looked == plain and len(plain) == 3
     assert fit(experiment, "still", [], [{**row, "dropout": 0.0} for row in DROPOUT_ROWS], *large)[1] != plain  # dropout was on, then
-    for score in ("following", "strict", "consistency", "clip_t"):
-        assert scalars("looked", f"held_out/{score}") == [0, 1, 2, 3]
-    following = next(c for c in cli.trainer.callbacks if type(c).__name__ == "FollowingEvaluation")
+    for name in ("following", "strict", "consistency", "clip_t"):
+        assert scalars("looked", f"held_out/{name}") == [0, 1, 2, 3]
+    (following,) = (c for c in cli.trainer.callbacks if isinstance(c, FollowingEvaluation))  # type: ignore[attr-defined]
     assert set(following.before) == set(following.after) and "instruction following" in following.table()
 
 
@@ -80,9 +80,12 @@ def test_a_resumed_run_keeps_what_was_before(experiment: Path, clip: Path, large
     score = {"class_path": "CLIPScoreEvaluation", "init_args": {"count": 2, "model": str(clip)}}
     first, _ = fit(experiment, "run", [*LOOKS, score], DROPOUT_ROWS, *large, "--trainer.max_steps=2")
     second, _ = fit(experiment, "run", [*LOOKS, score], DROPOUT_ROWS, *large, "--ckpt_path=last")
-    before = [{type(c).__name__: getattr(c, "before", None) for c in cli.trainer.callbacks} for cli in (first, second)]
-    assert before[0]["FollowingEvaluation"] == before[1]["FollowingEvaluation"] is not None
-    assert torch.equal(before[0]["PictureGrid"], before[1]["PictureGrid"])
+    before: dict[type, list[Any]] = {
+        kind: [c.before for cli in (first, second) for c in cli.trainer.callbacks if isinstance(c, kind)]  # type: ignore[attr-defined]
+        for kind in (FollowingEvaluation, PictureGrid)
+    }
+    assert before[FollowingEvaluation][0] == before[FollowingEvaluation][1] != {}
+    assert torch.equal(*before[PictureGrid])
     assert scalars("run", "held_out/clip_t") == [0, 2, 3]
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_mmgen.callbacks import grid
 from PIL import Image as PILImage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mmgen.callbacks import grid
 from lightning_mmgen.cli import main
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.data.sources import ToyboxSource
@@ -38,19 +38,15 @@ def test_the_page_has_room_for_every_instruction(count: int, columns: int, rows:
 def test_the_page_holds_the_pictures_in_their_places() -> None:
     records = asked(3)
     before = torch.full((3, 3, CELL, CELL), -1.0)
-    shown = page(records, 2, before)
-    most, width = max(len(r.references) for r in records), shown.shape[1] // 2
-    for i, record in enumerate(records):
-        assert record.target is not None
-        x, y = i % 2 * width + 6 + most * (CELL + 6) + 3 * CELL + 6, 22 + i // 2 * (CELL + 6)
-        cells = [shown[y : y + CELL, x + k * (CELL + 6) :][:, :CELL] for k in range(3)]
-        assert not cells[0].any() and (cells[1] == 128).all()
-        assert np.array_equal(cells[2], ((pixels(record.target) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
-
-
-def test_the_page_without_pictures_before() -> None:
-    shown = page(asked(1), 1)
-    assert (shown == 128).all(-1).sum() == CELL * CELL and (shown == 255).all(-1).any()
+    for pictures, shade in ((before, 0), (None, 255)):
+        shown = page(records, 2, pictures)
+        most, width = max(len(r.references) for r in records), shown.shape[1] // 2
+        for i, record in enumerate(records):
+            assert record.target is not None
+            x, y = i % 2 * width + 6 + most * (CELL + 6) + 3 * CELL + 6, 22 + i // 2 * (CELL + 6)
+            cells = [shown[y : y + CELL, x + k * (CELL + 6) :][:, :CELL] for k in range(3)]
+            assert (cells[0] == shade).all() and (cells[1] == 128).all()
+            assert np.array_equal(cells[2], ((pixels(record.target) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def test_the_dashboard_holds_pictures_losses_rates_and_the_table(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
 from lightning_mmgen.callbacks import RandomState
+
 from lightning_mmgen.cli import main
 
 from ..conftest import DROPOUT_ROWS
@@ -35,25 +35,13 @@ def losses(experiment: Path, name: str, *args: str) -> dict[int, str]:
     """The losses of a run with dropout, by step; an epoch has four."""
     out = Path(f"{name}.jsonl")
     recorder = {"class_path": "tests.recorder.LossRecorder", "init_args": {"out": str(out)}}
-    rows = f"--model.init_args.parameters={json.dumps(DROPOUT_ROWS)}"
-    main(
-        [
-            "fit",
-            "-c",
-            str(experiment),
-            rows,
-            f"--trainer.callbacks+={json.dumps(recorder)}",
-            f"--trainer.logger.init_args.name={name}",
-            *args,
-        ]
-    )
+    settings = [f"--model.init_args.parameters={json.dumps(DROPOUT_ROWS)}", f"--trainer.logger.init_args.name={name}"]
+    main(["fit", "-c", str(experiment), *settings, f"--trainer.callbacks+={json.dumps(recorder)}", *args])
     return {row["step"]: row["loss"] for row in map(json.loads, out.read_text().splitlines())}
 
 
 @pytest.mark.parametrize("stop", [3, 4], ids=["within an epoch", "at its end"])
-def test_dropout_after_a_resume_is_that_of_the_whole_run(
-    stop: int, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_goes_on_after_a_resume(stop: int, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     whole = losses(experiment, "whole", "--trainer.max_steps=6")
     losses(experiment, "parts", f"--trainer.max_steps={stop}")

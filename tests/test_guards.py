@@ -1,4 +1,4 @@
-"""A loss that is not a number stops the training before it reaches the weights."""
+"""What keeps a step from harming the weights: the check of the loss, and clipped gradients at every precision."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def test_the_command_says_so_in_one_line(
     monkeypatch.setattr("sys.argv", ["lightning", "fit", "-c", str(experiment), term])
     assert cli.command() == 1
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: loss is nan at step 0 (terms: diffusion ")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped(precision: str, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = [f"--trainer.precision={precision}", "--trainer.gradient_clip_val=1.0e-3", "--trainer.max_steps=1"]
+    module = cli.main(["fit", "-c", str(experiment), *args]).model
+    norm = torch.stack([p.grad.norm() for p in module.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-2)
