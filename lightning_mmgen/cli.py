@@ -154,22 +154,15 @@ def command() -> int:
     """The command line: an error that a user can mend is one line, and the exit status 1."""
     import argparse
 
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf.errors import OmegaConfBaseException
 
+    parsing = (argparse.ArgumentError, OmegaConfBaseException, MisconfigurationException)
     try:
         main()
     except KeyboardInterrupt:
         return 130
-    except (
-        argparse.ArgumentError,
-        OmegaConfBaseException,
-        ValueError,
-        TypeError,
-        KeyError,
-        OSError,
-        ImportError,
-        NotImplementedError,
-    ) as error:
+    except (*parsing, ValueError, TypeError, KeyError, OSError, ImportError, NotImplementedError) as error:
         if os.environ.get("MMGEN_TRACEBACK"):
             raise
         print(f"error: {one_line(error)}  (MMGEN_TRACEBACK=1 shows where)", file=sys.stderr)

@@ -185,7 +185,8 @@ class MultimodalDiffusion(L.LightningModule):
         pipeline.set_progress_bar_config(disable=True)
         condition = pipeline.encode(batch.instructions, batch.markers, batch.references)
         noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
-        return pipeline.draw(condition, self.sampler.steps, self.sampler.guidance_scale, *batch.target.shape[-2:], noise)
+        height, width = batch.target.shape[-2:]
+        return pipeline.draw(condition, self.sampler.steps, self.sampler.guidance_scale, height, width, noise)
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
 

@@ -61,7 +61,8 @@ class Recipe:
 
     def __init__(self, reference_size: int, target_size: int, encoder: Encoder | None = None) -> None:
         self.reference_size, self.target_size = reference_size, target_size
-        self.tokenise, self.tokens = (encoder.tokenise, encoder.tokens_of(reference_size, reference_size)) if encoder else (None, 0)
+        self.tokenise = encoder.tokenise if encoder else None
+        self.tokens = encoder.tokens_of(reference_size, reference_size) if encoder else 0
 
     def __call__(self, record: Record, root: Path | None, seed: int) -> Sample:
         """Raises: RecordError: a picture cannot be read, there is no target, or the prompt is too long."""

@@ -157,7 +157,9 @@ def _texture(value: Array, u: Array, v: Array, extent: float) -> tuple[str, floa
 def _search(texture: str, tone: Array, u: Array, v: Array, pitches: Array, phases: Array, extent: float) -> tuple[float, float, float]:
     pitch, phase = pitches.reshape(-1, 1).astype(np.float32), phases.reshape(-1, 1).astype(np.float32)
     model = second_tone(texture, u[None], v[None], pitch, phase, pitch / (2 * extent))  # [grid, n]
-    errors = ((model - tone) ** 2).mean(1)
+    model, tone = model - model.mean(1, keepdims=True), tone - tone.mean()
+    strength = np.clip((model * tone).sum(1) / ((model**2).sum(1) + 1e-6), 0.35, 1.2)[:, None]  # a blurred texture is weaker
+    errors = ((strength * model - tone) ** 2).mean(1)
     best = int(errors.argmin())
     return float(errors[best]), float(pitch[best, 0]), float(phase[best, 0])
 

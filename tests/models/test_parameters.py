@@ -125,10 +125,13 @@ def test_rows_that_contradict_themselves_raise(row: dict[str, Any], message: str
 def test_the_codec_is_frozen_unless_a_row_covers_it(model: Model) -> None:
     applied(model, FROZEN)
     assert not any(p.requires_grad for p in model.codec.parameters())
-    rows = [*FROZEN, Row("codec", "full", lr=1e-4)]
+    rows = [*FROZEN, Row("codec", "frozen", dtype="bfloat16")]
     assert len(ParameterTable(rows).rows) == 4
     applied(model, rows)
-    assert all(p.requires_grad for p in model.codec.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in model.codec.parameters())
+    for train in ("lora", "full"):
+        with pytest.raises(ValueError, match="codec is not trained"):
+            Row("codec.vae", train, lr=1e-4)
 
 
 # -- how it trains -------------------------------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def test_a_frozen_row_inside_a_lora_part_stays_without_lora(model: Model) -> Non
 def test_dtype_converts_frozen_weights_only(model: Model) -> None:
     rows = [
         Row("encoder.vision", "frozen", dtype="bfloat16"),
-        Row("encoder.projector", "full", lr=1e-4, dtype="bfloat16"),
+        Row("encoder.projector", "full", lr=1e-4),
         Row("encoder.language", "lora", lr=1e-4, dtype="bfloat16"),
         Row("adapter", "full", lr=1e-4),
         Row("unet", "lora", lr=1e-4, dtype="bfloat16"),
@@ -259,6 +262,8 @@ def test_dtype_converts_frozen_weights_only(model: Model) -> None:
     for name, parameter in model.named_parameters():
         low = not parameter.requires_grad and not name.startswith("codec")
         assert parameter.dtype == (torch.bfloat16 if low else torch.float32), name
+    with pytest.raises(ValueError, match="float32"):
+        Row("adapter", "full", lr=1e-4, dtype="bfloat16")
     model().float().square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if p.requires_grad and "lora_A" not in n)
 
