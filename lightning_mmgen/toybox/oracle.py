@@ -78,6 +78,7 @@ def _toy(flat: Array, away: Array, mask: NDArray[np.bool_], ground: float) -> Se
     outline = _outline(d, value, side, ground)
     margins = (d < -outline * side - m for m in (1.0, 0.7, 0.4))  # clear of the rim, where the toy is wide enough
     inner = next((i for i in margins if i.sum() >= 16), d < -outline * side)
+    inner = inner if inner.any() else mask[box]  # a blob that is all rim
     hue = _hue(pixels[inner])
     colour = min(COLOURS, key=lambda c: _turn(hue, COLOURS[c]))
     texture, pitch, phase = _texture(value[inner], ((x - cx) / w)[inner], ((y - cy) / h)[inner], min(w, h))

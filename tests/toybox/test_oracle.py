@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.codec import CodecConfig
@@ -126,6 +127,14 @@ def test_noise_and_a_second_toy_are_read_without_failing() -> None:
     two = replace(SCENE, toys=(Placed(TOY, "small", 17, 32), Placed(replace(TOY, colour="blue"), "small", 47, 32)), place="left of")
     result = score(draw(two)[0], everything(SCENE))
     assert not result.conditions["place"] and result.conditions["shape 1"] and result.conditions["colour 1"]
+
+
+def test_blobs_of_any_form_are_read_without_failing() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        blurred = ndimage.gaussian_filter(rng.normal(size=(64, 64, 3)), (4, 4, 0))
+        blobs = np.where(blurred > np.quantile(blurred, 0.8), rng.integers(0, 256, 3), 230).astype(np.uint8)
+        assert 0 <= score(blobs, everything(SCENE)).following <= 1
 
 
 def test_conditions_are_those_that_the_instruction_states() -> None:
