@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mmgen.data.datamodule import sample_seed
+from lightning_mmgen.module import Sampler
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
 
@@ -75,7 +76,7 @@ class HeldOutCallback(Callback, ABC):
             self.look(trainer, pl_module)
 
 
-def sample(pipeline: MultimodalPipeline, records: list[Record], sampler, batch_size: int = 32, seed: int = 0) -> Tensor:  # type: ignore[no-untyped-def]
+def sample(pipeline: MultimodalPipeline, records: list[Record], sampler: Sampler, batch_size: int = 32, seed: int = 0) -> Tensor:
     """Pictures [n, 3, H, W] for records, in batches; the noise of record i follows from (seed, i)."""
     pipeline.set_progress_bar_config(disable=True)
     out = []

@@ -35,7 +35,7 @@ ALLOWED = ["lightning_mmgen", "lightning", "torch"]  # what a YAML may import, b
 
 
 class CLI(LightningCLI):
-    """LightningCLI with this framework's defaults: its module and data module unless a ``class_path`` names others, checkpoints that
+    """LightningCLI with this framework's defaults: its module unless a ``class_path`` names another, checkpoints that
     survive a kill, a run folder that reproduces the run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -168,7 +168,8 @@ def test_condition_dropout_rejects_shares_that_are_no_probabilities(shares: dict
 
 
 def test_condition_dropout_accepts_shares_that_sum_to_one() -> None:
-    ConditionDropout(both=0.25, text=0.25, references=0.5)
+    shares = ConditionDropout(both=0.25, text=0.25, references=0.5)
+    assert shares.both + shares.text + shares.references == 1
 
 
 def test_no_dropout_keeps_the_batch() -> None:

@@ -39,14 +39,13 @@ class CLIPSimilarity(Metric):
         config = self.clip.config
         side = config.vision_config.image_size
         pictures = torch.nn.functional.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        mean, std = (torch.tensor(v, device=pictures.device).view(1, 3, 1, 1) for v in (MEAN, STD))
         text = self.tokenizer(
             list(captions), padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors="pt"
         )
         out = self.clip(
             input_ids=text.input_ids.to(pictures.device),
             attention_mask=text.attention_mask.to(pictures.device),
-            pixel_values=((pictures + 1) / 2 - mean) / std,
+            pixel_values=normalise(pictures),
         )
         return (out.image_embeds * out.text_embeds).sum(-1)  # both have length 1
 
@@ -62,3 +61,9 @@ class CLIPSimilarity(Metric):
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's picture processor
+
+
+def normalise(pictures: Tensor) -> Tensor:
+    """Pixels [b, 3, H, W] in [-1, 1] as CLIP takes them."""
+    mean, std = (torch.tensor(v, device=pictures.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((pictures + 1) / 2 - mean) / std

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import pack
 from ..data.images import pixels
-from ..metrics.clip import MEAN, STD
+from ..metrics.clip import normalise
 from ..models.idefics2 import Idefics2Encoder
 from ..prompt import Record
 from .render import draw
@@ -166,7 +166,29 @@ def build_tokenizer(vocab_size: int, special: tuple[str, ...], frame: bool = Fal
     return PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=list(special[4:]), **names)
 
 
-class CLIPPretraining(Pretraining):
+class RecordPretraining(Pretraining):
+    """Trains on records, whose tensors are made in the step, and saves the tokenizer beside the weights."""
+
+    tokenizer: PreTrainedTokenizerFast
+    tasks: dict[str, float]
+
+    def token_ids(self) -> dict[str, int]:
+        """The special tokens' ids, as a text configuration takes them."""
+        return {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+
+    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
+        return batch
+
+    def on_fit_end(self) -> None:
+        self.tokenizer.save_pretrained(self.out)
+        super().on_fit_end()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
+        return DataLoader(records, self.batch_size, collate_fn=list)
+
+
+class CLIPPretraining(RecordPretraining):
     """A small CLIP on (picture, caption), with the contrastive loss of Radford et al. 2021."""
 
     def __init__(
@@ -187,35 +209,20 @@ class CLIPPretraining(Pretraining):
         self.tokenizer = build_tokenizer(
             text["vocab_size"], ("<pad>", "<unk>", "<s>", "</s>"), frame=True
         )  # </s> is 3: CLIP treats an end token 2 as legacy
-        ids = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-        self.net = CLIPModel(CLIPConfig(text_config={**text, **ids}, vision_config=vision, projection_dim=width))
-
-    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
-        return batch
+        self.tasks = {"caption": 1.0}
+        self.net = CLIPModel(CLIPConfig(text_config={**text, **self.token_ids()}, vision_config=vision, projection_dim=width))
 
     def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
         side = self.net.config.vision_config.image_size
         pictures = torch.stack([pixels(r.target, side) for r in records if r.target is not None])
-        mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
         text = self.tokenizer([r.caption or "" for r in records], padding=True, return_tensors="pt")
-        out = self.net(
-            input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=((pictures + 1) / 2 - mean) / std, return_loss=True
-        )
+        out = self.net(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=normalise(pictures), return_loss=True)
         right = (out.logits_per_image.argmax(1) == torch.arange(len(records))).float().mean()
         self.log_dict({"loss/contrastive": out.loss, "accuracy": right}, prog_bar=True)
         return out.loss
 
-    def on_fit_end(self) -> None:
-        self.tokenizer.save_pretrained(self.out)
-        super().on_fit_end()
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(
-            Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, {"caption": 1.0}), self.batch_size, collate_fn=list
-        )
-
-
-class VLMPretraining(Pretraining):
+class VLMPretraining(RecordPretraining):
     """An Idefics2-shaped VLM without perceiver, from scratch: the language loss on answers about pictures, and on captions."""
 
     def __init__(
@@ -237,7 +244,6 @@ class VLMPretraining(Pretraining):
         self.tasks, self.reference_size = tasks, reference_size
         special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
         self.tokenizer = build_tokenizer(text["vocab_size"], special)
-        ids = {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
         width = text["hidden_size"]
         perceiver = {
             "hidden_size": width,
@@ -251,7 +257,7 @@ class VLMPretraining(Pretraining):
             vision_config=vision,
             text_config={
                 **text,
-                **ids,
+                **self.token_ids(),
                 "model_type": "mistral",
                 "max_position_embeddings": 2048,
                 "sliding_window": None,
@@ -264,9 +270,6 @@ class VLMPretraining(Pretraining):
         self.net = Idefics2ForConditionalGeneration(config)
         self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2)
         self.encoder.adopt(self.net.model, self.tokenizer)
-
-    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
-        return batch  # records; their tensors are made in the step
 
     def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
         texts = [r.prompt().instruction for r in records]
@@ -290,18 +293,9 @@ class VLMPretraining(Pretraining):
             labels[b, start : len(ids)] = torch.tensor(ids[start:])
         logits = self.net.lm_head(hidden[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        right = (logits.argmax(-1) == labels[:, 1:])[labels[:, 1:] >= 0].float().mean()
+        right, told = logits.argmax(-1) == labels[:, 1:], labels[:, 1:] >= 0
         asked = torch.tensor([r.answer is not None for r in records])
         if asked.any():
-            known = (logits.argmax(-1) == labels[:, 1:])[asked][labels[asked][:, 1:] >= 0].float().mean()
-            self.log("accuracy/answers", known)
-        self.log_dict({"loss/language": loss, "accuracy/tokens": right}, prog_bar=True)
+            self.log("accuracy/answers", right[asked][told[asked]].float().mean())
+        self.log_dict({"loss/language": loss, "accuracy/tokens": right[told].float().mean()}, prog_bar=True)
         return loss
-
-    def on_fit_end(self) -> None:
-        self.tokenizer.save_pretrained(self.out)
-        super().on_fit_end()
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
-        return DataLoader(records, self.batch_size, collate_fn=list)
