@@ -82,7 +82,7 @@ def main() -> None:
     start = time.monotonic()
     after = [load_module(train(args.runs, f"seed{s}", s)) for s in args.seeds]
     swapped = load_module(train(args.runs, "swapped", args.seeds[0], "--data.init_args.train.init_args.swap_references=true"))
-    base = lightning(["fit", "-c", str(ROOT / "experiments/instruct.yaml")], run=False).model
+    base = lightning(["-c", str(ROOT / "experiments/instruct.yaml")], run=False).model
     base.configure_model()
     base.eval()
     print(f"\n{args.count} held-out instructions, seeds {args.seeds}, trained in {time.monotonic() - start:.0f} s")

@@ -51,7 +51,7 @@ class MultimodalPipeline(DiffusionPipeline):
         return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **_: Any) -> MultimodalPipeline:  # type: ignore[override]
+    def from_pretrained(cls, folder: str | Path) -> MultimodalPipeline:  # type: ignore[override]
         """Load what ``mmgen export`` wrote, LoRA unmerged.
 
         Raises:

@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 
 from lightning_mmgen.batch import Batch, PackedImages
 from lightning_mmgen.cli import main
+from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
+from lightning_mmgen.toybox.pretrain import VAEPretraining, VLMPretraining
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -42,6 +47,24 @@ def test_what_made_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     batch = "--data.init_args.batch_size=2" if recipe.stem == "base" else "--model.init_args.batch_size=2"
     cli = main(["fit", "-c", str(recipe), "--trainer.fast_dev_run=true", batch])
     assert cli.trainer.global_step == 1
+
+
+def test_a_vlm_goes_on_from_the_eyes_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    vlm = yaml.safe_load((EXPERIMENTS / "toybox" / "vlm.yaml").read_text())["model"]["init_args"]
+    net = VLMPretraining(**vlm | {"start": "toybox/vlm"}).net
+    shipped = type(net).from_pretrained(TOYBOX / "vlm", dtype=torch.float32)
+    for part in ("model.vision_model", "model.connector"):
+        assert_close(net.get_submodule(part).state_dict(), shipped.get_submodule(part).state_dict(), rtol=0, atol=0)
+    words = (net.get_input_embeddings().weight, shipped.get_input_embeddings().weight)
+    assert (words[0] - words[1]).abs().mean() > 0.01
+
+
+def test_a_vae_goes_on_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    net = VAEPretraining("vae", start="toybox/vae").net
+    shipped = AutoencoderKL.from_pretrained(TOYBOX / "vae", torch_dtype=torch.float32)
+    assert_close(net.state_dict(), shipped.state_dict(), rtol=0, atol=0)
 
 
 def test_an_overlay_there_and_back_changes_names_and_sizes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

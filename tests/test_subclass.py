@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_mmgen.cli import main
 
-from .own_module import HuberDiffusion
+README = Path(__file__).parent.parent / "README.md"
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +24,15 @@ def fit(experiment: Path, *args: str) -> LightningCLI:
     return main(["fit", "-c", str(experiment), "--trainer.max_steps=1", *args])
 
 
-def test_a_subclass_trains_with_its_own_loss(experiment: Path) -> None:
-    cli = fit(experiment, "--model.class_path=tests.own_module.HuberDiffusion", "--model.init_args.huber=0.5")
+def test_the_readmes_subclass_trains_with_its_own_loss(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"```python\n(# own_module\.py.*?)```", README.read_text(), re.DOTALL)
+    assert block and len(block[1].splitlines()) <= 15
+    Path("own_module.py").write_text(block[1])
+    monkeypatch.setattr(sys, "path", [str(Path.cwd()), *sys.path])
+    monkeypatch.delitem(sys.modules, "own_module", raising=False)
+    cli = fit(experiment, "--model.class_path=own_module.HuberDiffusion", "--model.init_args.huber=0.5")
     logged = cli.trainer.callback_metrics
-    assert type(cli.model) is HuberDiffusion and cli.model.huber == 0.5
+    assert type(cli.model).__name__ == "HuberDiffusion" and cli.model.huber == 0.5
     assert logged["loss/huber"] > 0
     torch.testing.assert_close(logged["loss"], logged["loss/diffusion"] + logged["loss/huber"])
 

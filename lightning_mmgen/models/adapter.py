@@ -6,12 +6,40 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batch import Condition
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer whose every token attends to all tokens; rotary positions (Su et al. 2021) where angles are given."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+        self.linear1, self.linear2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, mask: Tensor, angles: Tensor | None) -> Tensor:
+        """[b, n, width] with a mask [b, 1, 1, n] and angles [n, width / heads / 2] -> [b, n, width]."""
+        h = self.norm1(x)
+        q, k, v = (project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn the pairs (i, i + d / 2) of ``x`` [..., n, d] by ``angles`` [n, d / 2] (Su et al. 2021, equation 34)."""
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Adapter(ModelMixin, ConfigMixin):
@@ -23,20 +51,28 @@ class Adapter(ModelMixin, ConfigMixin):
         pooled_features: width of SDXL's pooled vector; 0 where the UNet takes none.
         layers, heads, width: size of the transformer.
         pooled: ``mean`` projects the masked mean of the output, ``zeros`` gives zeros.
+        positions: ``rotary`` tells each token where the others stand, ``none`` leaves that to the VLM.
     """
 
     _supports_gradient_checkpointing = True
 
     @register_to_config
-    def __init__(self, in_features: int, out_features: int, pooled_features: int, layers: int, heads: int, width: int, pooled: str) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        pooled_features: int,
+        layers: int,
+        heads: int,
+        width: int,
+        pooled: str = "mean",
+        positions: str = "rotary",
+    ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.norm_in = nn.LayerNorm(in_features)
         self.project_in = nn.Linear(in_features, width)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation=_gelu, batch_first=True, norm_first=True)
-            for _ in range(layers)
-        )
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm_out = nn.LayerNorm(width)
         self.project_out = nn.Linear(width, out_features)
         self.project_pooled = nn.Linear(width, pooled_features) if pooled_features and pooled == "mean" else None
@@ -44,14 +80,21 @@ class Adapter(ModelMixin, ConfigMixin):
     def forward(self, condition: Condition) -> Condition:
         """Tokens and mask in, tokens, mask and pooled vector out; the spans stay where they are."""
         x = self.project_in(self.norm_in(condition.tokens.to(self.project_in.weight.dtype)))  # [b, n, width]
-        padding = torch.zeros_like(condition.mask, dtype=x.dtype).masked_fill(~condition.mask, float("-inf"))
+        angles = self._angles(x) if self.config["positions"] == "rotary" else None
+        mask = condition.mask[:, None, None, :]
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, src_key_padding_mask=padding, use_reentrant=False)
+                x = checkpoint(block, x, mask, angles, use_reentrant=False)
             else:
-                x = block(x, src_key_padding_mask=padding)
+                x = block(x, mask, angles)
         x = self.norm_out(x)
         return condition._replace(tokens=self.project_out(x), pooled=self._pool(x, condition.mask))
+
+    def _angles(self, x: Tensor) -> Tensor:
+        """Rotary angles [n, width / heads / 2], float32."""
+        half = x.shape[2] // int(self.config["heads"]) // 2
+        rates = 10_000 ** (-torch.arange(half, device=x.device) / half)
+        return torch.arange(x.shape[1], device=x.device)[:, None] * rates
 
     def _pool(self, x: Tensor, mask: Tensor) -> Tensor | None:
         width = int(self.config["pooled_features"])
@@ -63,11 +106,6 @@ class Adapter(ModelMixin, ConfigMixin):
         return self.project_pooled((x * share).sum(1) / share.sum(1))
 
 
-def _gelu(x: Tensor) -> Tensor:
-    """GELU under a name of its own: PyTorch fuses a block that it knows for inference, and passes LoRA by."""
-    return nn.functional.gelu(x)
-
-
 @dataclass
 class AdapterConfig:
     """Size of the adapter; its ends follow from the encoder and the UNet.
@@ -77,6 +115,7 @@ class AdapterConfig:
         heads: attention heads (unknown in public).
         width: of the transformer; the UNet's ``cross_attention_dim`` if none is given (unknown in public).
         pooled: SDXL's pooled vector: ``mean`` or ``zeros``.
+        positions: ``rotary`` or ``none`` (unknown in public).
         pretrained: hub name or folder of a saved adapter, instead of a new one.
     """
 
@@ -84,6 +123,7 @@ class AdapterConfig:
     heads: int = 32
     width: int | None = None
     pooled: Literal["mean", "zeros"] = "mean"
+    positions: Literal["rotary", "none"] = "rotary"
     pretrained: str | None = None
 
     def build(self, in_features: int, out_features: int, pooled_features: int) -> Adapter:
@@ -93,7 +133,8 @@ class AdapterConfig:
             ValueError: the saved adapter's ends do not fit the encoder and the UNet.
         """
         if self.pretrained is None:
-            return Adapter(in_features, out_features, pooled_features, self.layers, self.heads, self.width or out_features, self.pooled)
+            width = self.width or out_features
+            return Adapter(in_features, out_features, pooled_features, self.layers, self.heads, width, self.pooled, self.positions)
         from .weights import locate
 
         adapter = Adapter.from_pretrained(locate(self.pretrained))

@@ -35,7 +35,8 @@ class UNetConfig:
         if weights and not self.from_scratch:
             return UNet2DConditionModel.from_pretrained(locate(self.pretrained), torch_dtype=getattr(torch, self.dtype), **place)
         config = UNet2DConditionModel.load_config(locate(self.pretrained), **place)
-        return UNet2DConditionModel.from_config(config).to(getattr(torch, self.dtype))
+        unet = UNet2DConditionModel.from_config(config)
+        return unet if self.dtype == "float32" else unet.to(getattr(torch, self.dtype))
 
 
 def pooled_features(unet: UNet2DConditionModel) -> int:

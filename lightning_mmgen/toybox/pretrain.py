@@ -21,6 +21,7 @@ from ..batch import pack
 from ..data.images import pixels
 from ..metrics.clip import normalise
 from ..models.idefics2 import Idefics2Encoder
+from ..models.weights import locate
 from ..prompt import Record
 from .render import draw
 from .tasks import TASKS
@@ -80,7 +81,7 @@ class Pretraining(L.LightningModule):
 
 class VAEPretraining(Pretraining):
     """An ``AutoencoderKL`` of 8x and 16 channels: absolute and squared error, a light KL term, and at the end a scaling factor
-    that brings the latents to unit variance."""
+    that brings the latents to unit variance. ``start``: the folder of a VAE to go on from, instead of a new one."""
 
     def __init__(
         self,
@@ -93,21 +94,27 @@ class VAEPretraining(Pretraining):
         warmup: int = 100,
         seed: int = 0,
         ema: float = 0.998,
+        start: str | None = None,
     ) -> None:
         super().__init__(out, lr, batch_size, warmup, seed, ema)
         from diffusers import AutoencoderKL
 
         self.kl = kl
-        self.net = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * len(channels),
-            up_block_types=("UpDecoderBlock2D",) * len(channels),
-            block_out_channels=channels,
-            layers_per_block=1,
-            latent_channels=latent_channels,
-            norm_num_groups=8,
-            sample_size=64,
-            force_upcast=True,
-        ).to(memory_format=torch.channels_last)
+        net = (
+            AutoencoderKL.from_pretrained(locate(start))
+            if start
+            else AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * len(channels),
+                up_block_types=("UpDecoderBlock2D",) * len(channels),
+                block_out_channels=channels,
+                layers_per_block=1,
+                latent_channels=latent_channels,
+                norm_num_groups=8,
+                sample_size=64,
+                force_upcast=True,
+            )
+        )
+        self.net = net.float().to(memory_format=torch.channels_last)
 
     def training_step(self, pixels: Tensor, batch_idx: int) -> Tensor:
         posterior = self.net.encode(pixels).latent_dist
@@ -223,7 +230,8 @@ class CLIPPretraining(RecordPretraining):
 
 
 class VLMPretraining(RecordPretraining):
-    """An Idefics2-shaped VLM without perceiver, from scratch: the language loss on answers about pictures, and on captions."""
+    """An Idefics2-shaped VLM without perceiver, from scratch: the language loss on answers about pictures, and on captions.
+    ``start``: the folder of a VLM whose vision tower and projector it goes on from."""
 
     def __init__(
         self,
@@ -237,6 +245,7 @@ class VLMPretraining(RecordPretraining):
         warmup: int = 100,
         seed: int = 0,
         ema: float = 0.998,
+        start: str | None = None,
     ) -> None:
         super().__init__(out, lr, batch_size, warmup, seed, ema)
         from transformers import Idefics2Config, Idefics2ForConditionalGeneration
@@ -261,14 +270,18 @@ class VLMPretraining(RecordPretraining):
                 "model_type": "mistral",
                 "max_position_embeddings": 2048,
                 "sliding_window": None,
-                "tie_word_embeddings": True,
+                "tie_word_embeddings": False,
             },
             perceiver_config=perceiver,
             image_token_id=self.tokenizer.convert_tokens_to_ids("<image>"),
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
         )
         self.net = Idefics2ForConditionalGeneration(config)
-        self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2)
+        if start:
+            eyes = Idefics2ForConditionalGeneration.from_pretrained(locate(start), dtype=torch.float32).model
+            self.net.model.vision_model, self.net.model.connector = eyes.vision_model, eyes.connector
+        torch.nn.init.normal_(self.net.get_input_embeddings().weight, std=0.1)  # words start far apart
+        self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2, norm=True)
         self.encoder.adopt(self.net.model, self.tokenizer)
 
     def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
@@ -276,7 +289,10 @@ class VLMPretraining(RecordPretraining):
         full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
         references = pack(
-            [[pixels(ref.image, self.reference_size if r.task == "naming" else None) for ref in r.references] for r in records]
+            [
+                [pixels(ref.image, self.reference_size if r.task in ("naming", "measuring") else None) for ref in r.references]
+                for r in records
+            ]
         )
         inputs, mask, _ = self.encoder.embed(full, markers, references)
         hidden = self.encoder.language(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False).last_hidden_state

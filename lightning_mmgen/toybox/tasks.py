@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from ..prompt import Box, Record, Reference
 from .render import SIDE, draw, portrait
-from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, place, random_scene
+from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Scene, Toy, held_out, place, random_scene
 
 REFERENCE_SIDE = 48
 PREFIXES = ("", "", "draw ", "generate an image of ", "a picture of ")
@@ -254,6 +254,22 @@ def naming(rng: np.random.Generator, held: bool) -> Record:
     return Record(text, refs, task="naming", question=ask, answer=answer, extra={"truth": Truth(scene)})
 
 
+def measuring(rng: np.random.Generator, held: bool) -> Record:
+    """A toy alone on its picture, and its unnamed traits on a scale of 0 to 9: what a VLM may report and no caption says."""
+    scene = random_scene(rng, held=held, toys=1)
+    toy = scene.toys[0].toy
+    marks = {name: int(10 * (value - TRAITS[name][0]) / (TRAITS[name][1] - TRAITS[name][0])) for name, value in toy.traits().items()}
+    answer = " ".join(f"{name} {min(mark, 9)}" for name, mark in marks.items())
+    return Record(
+        "[ref#1]",
+        (Reference(1, _portrait(rng, toy)),),
+        task="measuring",
+        question="what are its measures?",
+        answer=answer,
+        extra={"truth": Truth(scene)},
+    )
+
+
 def _where(scene: Scene, placed: Placed) -> str:
     if len(scene.toys) == 1:
         return scene.place
@@ -262,5 +278,5 @@ def _where(scene: Scene, placed: Placed) -> str:
 
 
 TASKS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
-    f.__name__: f for f in (caption, subject, crops, style, style_transfer, control, edit, retrieval, question, naming)
+    f.__name__: f for f in (caption, subject, crops, style, style_transfer, control, edit, retrieval, question, naming, measuring)
 }

@@ -152,6 +152,16 @@ def test_every_task_yields_valid_records(task: str, held: bool) -> None:
         assert all(k < len(scene.toys) and m in {r.marker for r in record.references} for k, m in truth(record).shown)
 
 
+def test_measures_are_the_traits_that_show_on_a_scale_of_ten() -> None:
+    for seed in range(20):
+        record = TASKS["measuring"](np.random.default_rng(seed), False)
+        toy, words = truth(record).scene.toys[0].toy, (record.answer or "").split()
+        assert words[::2] == list(toy.traits())
+        for name, mark in zip(words[::2], words[1::2], strict=True):
+            low, high = TRAITS[name]
+            assert low + int(mark) * (high - low) / 10 <= toy.traits()[name] <= low + (int(mark) + 1) * (high - low) / 10
+
+
 def test_boxes_enclose_their_toys() -> None:
     for scene in scenes(20):
         for box, placed, mask in zip(boxes(scene), scene.toys, draw(scene)[1], strict=True):
