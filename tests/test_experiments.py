@@ -32,6 +32,14 @@ def test_an_experiment_reads_like_a_table() -> None:
         assert len(path.read_text().splitlines()) < 100, path
 
 
+def test_the_last_checkpoint_is_of_the_last_step() -> None:
+    """Lightning's ``ModelCheckpoint`` writes nothing at the end of a fit, only every so many steps."""
+    for path in [*RECIPES, EXPERIMENTS / "toybox" / "base.yaml"]:
+        trainer = yaml.safe_load(path.read_text())["trainer"]
+        checkpoints = [c["init_args"] for c in trainer["callbacks"] if c["class_path"] == "ModelCheckpoint"]
+        assert checkpoints and all(trainer["max_steps"] % c["every_n_train_steps"] == 0 for c in checkpoints), path
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
