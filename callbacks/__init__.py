@@ -4,6 +4,7 @@ from .clip_score import CLIPScoreEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
 from .held_out import HeldOut, held_out, sample
+from .last_checkpoint import LastCheckpoint
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .random_state import RandomState
@@ -14,6 +15,7 @@ __all__ = [
     "CLIPScoreEvaluation",
     "FollowingEvaluation",
     "HeldOut",
+    "LastCheckpoint",
     "PictureGrid",
     "PictureWriter",
     "RandomState",

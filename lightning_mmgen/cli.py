@@ -59,7 +59,8 @@ class CLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         config = self.config[self.subcommand] if self.subcommand else self.config
         text = self._parser(self.subcommand).dump(config, skip_none=False)
-        own: list[Callback] = [callbacks.RandomState(), callbacks.PictureWriter(), callbacks.RunCard(text, config.get("seed_everything"))]
+        own: list[Callback] = [callbacks.RandomState(), callbacks.LastCheckpoint(), callbacks.PictureWriter()]
+        own.append(callbacks.RunCard(text, config.get("seed_everything")))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         if trainer.loggers:

@@ -29,6 +29,8 @@ class Diffusion:
         zero_terminal_snr: rescale the schedule so that the last step is pure noise (Lin et al. 2023, algorithm 1).
         snr_gamma: min-SNR weights (Hang et al. 2023, equation 9), 5 in the paper; none by default.
         offset_noise: standard deviation of a per-channel offset of the noise, in its own units; 0 is off.
+        timestep_sampling: of training: ``uniform``, or ``cubic``, mostly noisy timesteps, where a condition decides the most
+            (T2I-Adapter, Mou et al. 2023, section 3.3).
     """
 
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
@@ -39,6 +41,7 @@ class Diffusion:
     zero_terminal_snr: bool = False
     snr_gamma: float | None = None
     offset_noise: float = 0.0
+    timestep_sampling: Literal["uniform", "cubic"] = "uniform"
 
     def __post_init__(self) -> None:
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
@@ -68,6 +71,13 @@ class Diffusion:
         if self.zero_terminal_snr:
             abar[-1] = 0.0  # the rescaling leaves rounding there
         return abar
+
+    def sample_timestep(self, generator: torch.Generator) -> Tensor:
+        """One timestep of training, a scalar: t, or floor((1 - ((t + 1/2) / T)^3) T) (cubic), of a uniform t in 0..T-1."""
+        t = torch.randint(self.train_timesteps, (), generator=generator)
+        if self.timestep_sampling == "uniform":
+            return t
+        return ((1 - ((t.double() + 0.5) / self.train_timesteps) ** 3) * self.train_timesteps).long()
 
     def at(self, timesteps: Tensor) -> Tensor:
         """abar at ``timesteps`` [b] -> [b, 1, 1, 1]."""

@@ -232,7 +232,7 @@ class SampleNoise:
         rows = []
         for seed in seeds.tolist():
             g = torch.Generator().manual_seed(seed)
-            t = torch.randint(diffusion.train_timesteps, (), generator=g)
+            t = diffusion.sample_timestep(g)
             noise = torch.randn(shape, generator=g)
             if diffusion.offset_noise:
                 noise = noise + diffusion.offset_noise * torch.randn(shape[0], 1, 1, generator=g)

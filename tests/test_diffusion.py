@@ -225,3 +225,19 @@ def test_dropout_rates_over_ten_thousand_draws() -> None:
     for text, share in (("", 0.1), ("[ref#1]", 0.05), ("a dog", 0.2), ("a [ref#1] dog", 0.65)):
         assert abs(left.instructions.count(text) / n - share) < 0.015, text
     assert set(left.references[0].sample.tolist()) == {i for i, m in enumerate(left.markers) if m}
+
+
+def test_cubic_timesteps_follow_their_formula_and_uniform_ones_are_uniform() -> None:
+    """T2I-Adapter's t = (1 - u^3) T: below T/2 lie 1 - (1/2)^(1/3) = 20.6 % of them, below T/4 9.1 %."""
+
+    def drawn(kind: Any) -> Tensor:
+        g = torch.Generator().manual_seed(0)
+        diffusion = Diffusion(timestep_sampling=kind)
+        return torch.stack([diffusion.sample_timestep(g) for _ in range(10_000)])
+
+    cubic, uniform = drawn("cubic"), drawn("uniform")
+    for t in (cubic, uniform):
+        assert t.dtype == torch.int64 and t.min() >= 0 and t.max() == 999
+    assert (cubic < 500).float().mean() == pytest.approx(1 - 0.5 ** (1 / 3), abs=0.012)
+    assert (cubic < 250).float().mean() == pytest.approx(1 - 0.75 ** (1 / 3), abs=0.009)
+    assert (uniform < 250).float().mean() == pytest.approx(0.25, abs=0.013)

@@ -71,3 +71,17 @@ def test_a_killed_run_goes_on_bit_equal(small: Path) -> None:
     for key, value in a["callbacks"][ema]["mean"].items():
         assert torch.equal(value, b["callbacks"][ema]["mean"][key]), key
     assert all("lora_" in k or k.startswith("adapter.") for k in a["state_dict"]), "a checkpoint holds what is trained, nothing else"
+
+
+def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_bit_equal(small: Path) -> None:
+    """Lightning's own ``ModelCheckpoint`` writes nothing at the end: ``last.ckpt`` would be of step 4, and 5 to 7 be lost."""
+    whole, parts = small / "whole.jsonl", small / "parts.jsonl"
+    (small / "small.yaml").write_text((small / "small.yaml").read_text().replace("every_n_train_steps: 2", "every_n_train_steps: 4"))
+    constant = "--model.init_args.schedule.decay=constant"
+    fit(small, whole, "--trainer.logger.init_args.name=whole", constant, "--trainer.max_steps=9")
+    fit(small, parts, "--trainer.logger.init_args.name=parts", constant, "--trainer.max_steps=7")
+    last = small / "runs/parts/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 7
+    fit(small, parts, "--trainer.logger.init_args.name=parts", constant, "--trainer.max_steps=9", "--ckpt_path=last")
+    assert rows(parts) == rows(whole)
+    assert sorted(rows(whole)) == list(range(1, 10))

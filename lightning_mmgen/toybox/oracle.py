@@ -116,7 +116,7 @@ def _outline(d: Array, value: Array, side: float, ground: float) -> float:
     near = (d < 0.5) & (d > -0.16 * side - 1)
 
     def dark(v: Array) -> float:
-        return float(np.clip((0.42 - v[near]) / (0.42 - RIM), 0, 1).sum())
+        return float(np.clip((0.36 - v[near]) / (0.36 - RIM), 0, 1).sum())
 
     low, high = TRAITS["outline"]
     widths, inside = np.linspace(low, high * 1.2, 25), np.clip(0.5 - d, 0, 1)
@@ -145,14 +145,14 @@ def _texture(value: Array, u: Array, v: Array, extent: float) -> tuple[str, floa
     results = {"solid": (float((tone**2).mean()) - 0.05, 2.0, 0.0)}
     low, high = TRAITS["pitch"]
     for texture in TEXTURES[1:]:
-        pitches, phases = np.meshgrid(np.linspace(low, high, 15), np.arange(16) / 16, indexing="ij")
+        pitches, phases = np.meshgrid(np.linspace(low, high, 15), np.arange(16) / 16 - 0.5, indexing="ij")
         _, pitch, phase = _search(texture, tone, u, v, pitches, phases, extent)
         pitches, phases = np.meshgrid(
             np.clip(pitch + np.linspace(-0.1, 0.1, 9), low, high), phase + np.linspace(-0.06, 0.06, 9), indexing="ij"
         )
         results[texture] = _search(texture, tone, u, v, pitches, phases, extent)
     texture = min(results, key=lambda t: results[t][0])
-    return texture, results[texture][1], results[texture][2] % 1.0
+    return texture, results[texture][1], (results[texture][2] + 0.5) % 1.0 - 0.5
 
 
 def _search(texture: str, tone: Array, u: Array, v: Array, pitches: Array, phases: Array, extent: float) -> tuple[float, float, float]:

@@ -80,15 +80,15 @@ class Pretraining(L.LightningModule):
 
 
 class VAEPretraining(Pretraining):
-    """An ``AutoencoderKL`` of 8x and 16 channels: absolute and squared error, a light KL term, and at the end a scaling factor
-    that brings the latents to unit variance. ``start``: the folder of a VAE to go on from, instead of a new one."""
+    """An ``AutoencoderKL`` of 8x and 16 channels: absolute and squared error, a light KL term, and at the end whitened latents.
+    ``start``: the folder of a VAE to go on from, instead of a new one."""
 
     def __init__(
         self,
         out: str,
         channels: tuple[int, ...] = (16, 32, 64, 64),
         latent_channels: int = 16,
-        kl: float = 1e-5,
+        kl: float = 3e-5,
         lr: float = 2e-3,
         batch_size: int = 16,
         warmup: int = 100,
@@ -100,21 +100,19 @@ class VAEPretraining(Pretraining):
         from diffusers import AutoencoderKL
 
         self.kl = kl
-        net = (
-            AutoencoderKL.from_pretrained(locate(start))
-            if start
-            else AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * len(channels),
-                up_block_types=("UpDecoderBlock2D",) * len(channels),
-                block_out_channels=channels,
-                layers_per_block=1,
-                latent_channels=latent_channels,
-                norm_num_groups=8,
-                sample_size=64,
-                force_upcast=True,
-            )
+        net = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * len(channels),
+            up_block_types=("UpDecoderBlock2D",) * len(channels),
+            block_out_channels=channels,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=8,
+            sample_size=64,
+            force_upcast=True,
         )
-        self.net = net.float().to(memory_format=torch.channels_last)
+        if start:
+            net.load_state_dict(AutoencoderKL.from_pretrained(locate(start)).state_dict())
+        self.net = net.to(memory_format=torch.channels_last)
 
     def training_step(self, pixels: Tensor, batch_idx: int) -> Tensor:
         posterior = self.net.encode(pixels).latent_dist
@@ -126,11 +124,31 @@ class VAEPretraining(Pretraining):
 
     def on_fit_end(self) -> None:
         self.net.load_state_dict(self.mean, strict=False)
-        with torch.no_grad():
-            sample = torch.stack([self.pictures()[i] for i in range(min(512, len(self.pictures())))])
-            latents = self.net.encode(sample.to(self.device)).latent_dist.mean
-        self.net.register_to_config(scaling_factor=float(1 / latents.std()), shift_factor=None)
-        super().on_fit_end()
+        whiten(self.net, torch.stack([self.pictures()[i] for i in range(min(1024, len(self.pictures())))]).to(self.device))
+        self.net.half().save_pretrained(self.out)
+
+
+@torch.no_grad()
+def whiten(vae: Any, pixels: Tensor, floor: float = 0.05) -> None:
+    """Turn and scale the latents of a VAE in place, within its two 1 x 1 convolutions, so that on ``pixels`` [b, 3, H, W] the channels
+    are uncorrelated with unit variance: one that varies little is lost in the noise for nearly all timesteps, whatever it shows.
+    A direction of less than ``floor`` times the largest standard deviation is scaled as one of that size. Decoded pictures stay the
+    same; the posterior's variance becomes its mean over ``pixels``."""
+    posterior = [vae.encode(p).latent_dist for p in pixels.split(64)]
+    z = torch.cat([p.mean for p in posterior]).movedim(1, -1).flatten(0, -2).double()
+    variance = torch.cat([p.var for p in posterior]).mean((0, 2, 3)).double()
+    mean, (spread, axes) = z.mean(0), torch.linalg.eigh(torch.cov(z.T, correction=0))
+    deviation = spread.clamp(min=0).sqrt().clamp(min=floor * spread[-1].sqrt())
+    forth, back = axes / deviation @ axes.T, axes * deviation @ axes.T
+    into, out, c = vae.quant_conv, vae.post_quant_conv, len(mean)
+    weight, bias = into.weight.double(), into.bias.double()
+    weight[:c, :, 0, 0], bias[:c] = forth @ weight[:c, :, 0, 0], forth @ (bias[:c] - mean)
+    weight[c:], bias[c:] = 0, (forth**2 @ variance).log()
+    into.weight.copy_(weight), into.bias.copy_(bias)
+    weight = out.weight.double()
+    out.bias.add_(weight[:, :, 0, 0] @ mean)
+    out.weight.copy_((weight[:, :, 0, 0] @ back)[:, :, None, None])
+    vae.register_to_config(scaling_factor=1.0, shift_factor=None)
 
 
 class Records(Dataset[Record]):
@@ -230,8 +248,8 @@ class CLIPPretraining(RecordPretraining):
 
 
 class VLMPretraining(RecordPretraining):
-    """An Idefics2-shaped VLM without perceiver, from scratch: the language loss on answers about pictures, and on captions.
-    ``start``: the folder of a VLM whose vision tower and projector it goes on from."""
+    """An Idefics2-shaped VLM without perceiver: the language loss on answers about pictures, and on captions.
+    ``start``: the folder of a VLM to go on from with its tokenizer, instead of a new one."""
 
     def __init__(
         self,
@@ -252,7 +270,7 @@ class VLMPretraining(RecordPretraining):
 
         self.tasks, self.reference_size = tasks, reference_size
         special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
-        self.tokenizer = build_tokenizer(text["vocab_size"], special)
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(start)) if start else build_tokenizer(text["vocab_size"], special)
         width = text["hidden_size"]
         perceiver = {
             "hidden_size": width,
@@ -277,10 +295,9 @@ class VLMPretraining(RecordPretraining):
             tie_word_embeddings=False,
         )
         self.net = Idefics2ForConditionalGeneration(config)
-        if start:
-            eyes = Idefics2ForConditionalGeneration.from_pretrained(locate(start), dtype=torch.float32).model
-            self.net.model.vision_model, self.net.model.connector = eyes.vision_model, eyes.connector
         torch.nn.init.normal_(self.net.get_input_embeddings().weight, std=0.1)  # words start far apart
+        if start:
+            self.net.load_state_dict(Idefics2ForConditionalGeneration.from_pretrained(locate(start)).state_dict())
         self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2, norm=True)
         self.encoder.adopt(self.net.model, self.tokenizer)
 

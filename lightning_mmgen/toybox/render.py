@@ -12,7 +12,7 @@ from .world import BACKGROUNDS, COLOURS, SIZES, Placed, Scene, Toy
 
 Array = NDArray[Any]
 SIDE = 64
-DARK_TONE = 0.55  # value of a texture's second tone, over the first's
+DARK_TONE = 0.45  # value of a texture's second tone, over the first's
 RIM = 0.08  # value of the outline
 
 _STAR = np.array([(np.sin(i * np.pi / 5), -np.cos(i * np.pi / 5)) for i in range(10)]) * np.where(np.arange(10) % 2, 0.58, 1.0)[:, None]

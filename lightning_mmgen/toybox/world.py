@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = {"red": 0.0, "yellow": 52.0, "green": 120.0, "cyan": 178.0, "blue": 228.0, "purple": 276.0, "pink": 322.0}
+COLOURS = {"red": 0.0, "yellow": 60.0, "green": 120.0, "cyan": 180.0, "blue": 240.0, "pink": 300.0}
 TEXTURES = ("solid", "striped", "banded", "checkered")  # stripes stand, bands lie
 SIZES = {"small": 19.0, "large": 25.5}  # side in pixels of a 64 x 64 picture
 BACKGROUNDS = {
@@ -28,8 +28,8 @@ STYLES = ("flat", "shaded", "spotlight", "pastel")
 PLACES = {"left of": ((17, 32), (47, 32)), "above": ((32, 17), (32, 47))}  # (x, y) of the first and the second toy
 SPOTS = {"in the centre": (32, 32), "on the left": (19, 32), "on the right": (45, 32), "at the top": (32, 19), "at the bottom": (32, 45)}
 
-# The unnamed traits and their ranges. A phase is cyclic: its range is the circle.
-TRAITS = {"hue": (-12.0, 12.0), "pitch": (1.2, 2.2), "phase": (0.0, 1.0), "outline": (0.0, 0.11), "aspect": (-0.25, 0.25)}
+# The unnamed traits and their ranges. Phases stay near zero, so that a texture's word alone says roughly where its tones lie.
+TRAITS = {"hue": (-20.0, 20.0), "pitch": (1.2, 2.2), "phase": (-0.15, 0.15), "outline": (0.0, 0.11), "aspect": (-0.25, 0.25)}
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,8 @@ class Scene:
 
 
 def trait_error(name: str, a: float, b: float) -> float:
-    """Distance of two values of a trait over the trait's range, in [0, 1]; cyclic for the phase."""
+    """Distance of two values of a trait over the trait's range, in [0, 1]."""
     low, high = TRAITS[name]
-    if name == "phase":
-        d = abs(a - b) % 1.0
-        return 2.0 * min(d, 1.0 - d)
     return min(abs(a - b) / (high - low), 1.0)
 
 

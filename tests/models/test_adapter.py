@@ -91,7 +91,7 @@ def test_rotation_is_that_of_llama() -> None:
     q, k, angles = torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8), torch.rand(7, 4) * 6
     both = torch.cat([angles, angles], -1)[None]
     expected = apply_rotary_pos_emb(q, k, both.cos(), both.sin())
-    torch.testing.assert_close((rotate(q, angles), rotate(k, angles)), expected)
+    torch.testing.assert_close((rotate(q, angles.cos(), angles.sin()), rotate(k, angles.cos(), angles.sin())), expected)
 
 
 def test_a_block_is_pytorchs_own_layer_where_no_angles_are_given() -> None:

@@ -94,7 +94,7 @@ def with_toy(scene: Scene, toy: Toy) -> Scene:
     return replace(scene, toys=(replace(scene.toys[0], toy=toy), *scene.toys[1:]))
 
 
-TOY = Toy("star", "red", "striped", hue=3.0, pitch=1.7, phase=0.3, outline=0.05, aspect=0.1)
+TOY = Toy("star", "red", "striped", hue=3.0, pitch=1.7, phase=0.1, outline=0.05, aspect=0.1)
 SCENE = Scene((Placed(TOY, "large", 32.0, 32.0),), "white", "flat", "in the centre")
 
 
@@ -106,7 +106,7 @@ def test_a_swapped_toy_has_no_consistency(change: dict[str, str]) -> None:
 
 
 def test_a_toy_of_the_same_words_but_other_traits_is_less_consistent() -> None:
-    twin = replace(TOY, hue=-10.0, pitch=2.1, phase=0.8, outline=0.11, aspect=-0.2)
+    twin = replace(TOY, hue=-10.0, pitch=2.1, phase=-0.1, outline=0.11, aspect=-0.2)
     same, other = (score(draw(with_toy(SCENE, toy))[0], everything(SCENE)) for toy in (TOY, twin))
     assert same.strict and other.strict
     assert same.consistency[0] > 0.95 and other.consistency[0] < 0.6
@@ -145,8 +145,8 @@ def test_conditions_are_those_that_the_instruction_states() -> None:
 
 
 def test_consistency_is_one_minus_the_mean_error_over_the_ranges() -> None:
-    seen = Seen(replace(TOY, hue=TOY.hue - 6, phase=TOY.phase + 0.25, aspect=TOY.aspect - 0.1), "small", 0, 0)
-    assert consistency(TOY, seen) == pytest.approx(1 - (6 / 24 + 0.5 + 0.1 / 0.5) / 5)
+    seen = Seen(replace(TOY, hue=TOY.hue - 6, phase=TOY.phase - 0.15, aspect=TOY.aspect - 0.1), "small", 0, 0)
+    assert consistency(TOY, seen) == pytest.approx(1 - (6 / 40 + 0.5 + 0.1 / 0.5) / 5)
     texture = Seen(replace(TOY, texture="solid"), "small", 0, 0)  # pitch and phase cannot be told
     assert consistency(TOY, texture) == pytest.approx(1 - 2 / 5)
     assert consistency(TOY, None) == 0 and consistency(TOY, Seen(replace(TOY, shape="ring"), "small", 0, 0)) == 0

@@ -82,9 +82,9 @@ def test_another_view_shows_the_same_toy() -> None:
     assert [p.toy for p in view.toys] == [TOY] and view.style == "flat" and view.background != TOY.colour
 
 
-def test_trait_errors_are_over_the_range_and_cyclic_for_the_phase() -> None:
-    assert trait_error("hue", -12, 12) == 1 and trait_error("hue", 3, 3) == 0 and trait_error("hue", -100, 100) == 1
-    assert trait_error("phase", 0.95, 0.05) == pytest.approx(0.2) and trait_error("phase", 0.25, 0.75) == 1
+def test_trait_errors_are_over_the_range() -> None:
+    assert trait_error("hue", -20, 20) == 1 and trait_error("hue", 3, 3) == 0 and trait_error("hue", -100, 100) == 1
+    assert trait_error("phase", -0.05, 0.1) == pytest.approx(0.5) and trait_error("phase", -0.4, 0.4) == 1
 
 
 # -- renderer --------------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_the_renderer_is_deterministic() -> None:
 
 def test_every_attribute_and_trait_shows() -> None:
     picture = draw(SCENE)[0]
-    toy = {"shape": "ring", "colour": "blue", "texture": "banded", "hue": 9.0, "pitch": 2.1, "phase": 0.6, "outline": 0.1, "aspect": -0.2}
+    toy = {"shape": "ring", "colour": "blue", "texture": "banded", "hue": 9.0, "pitch": 2.1, "phase": -0.1, "outline": 0.1, "aspect": -0.2}
     others = [replace(SCENE, toys=(replace(SCENE.toys[0], toy=replace(TOY, **{name: value})),)) for name, value in toy.items()]  # type: ignore[arg-type]
     others += [replace(SCENE, style=style) for style in STYLES[1:]] + [replace(SCENE, background="grey")]
     others += [replace(SCENE, toys=(replace(SCENE.toys[0], size="small"),))]
