@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..models.encoder import clip_normalised
 from ..models.weights import locate
 
 
@@ -45,7 +46,7 @@ class CLIPSimilarity(Metric):
         out = self.clip(
             input_ids=text.input_ids.to(pictures.device),
             attention_mask=text.attention_mask.to(pictures.device),
-            pixel_values=normalise(pictures),
+            pixel_values=clip_normalised(pictures),
         )
         return (out.image_embeds * out.text_embeds).sum(-1)  # both have length 1
 
@@ -58,12 +59,3 @@ class CLIPSimilarity(Metric):
     def compute(self) -> Tensor:
         """The mean over all pictures."""
         return (self.total / self.count).float()
-
-
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's picture processor
-
-
-def normalise(pictures: Tensor) -> Tensor:
-    """Pixels [b, 3, H, W] in [-1, 1] as CLIP takes them."""
-    mean, std = (torch.tensor(v, device=pictures.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return ((pictures + 1) / 2 - mean) / std

@@ -1,12 +1,13 @@
 """Vision-language encoders: a multimodal prompt in, the hidden states of all its tokens out.
 
-A new VLM is one file: subclass :class:`Encoder`, load the parts in :meth:`build`, and say how its prompt spells a picture.
+A new VLM is one file: subclass :class:`Encoder`, take the parts of its model of ``transformers`` in :meth:`Encoder.adopt`, and say
+how its prompt spells a picture.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,27 @@ from ..prompt import RecordError, split
 from .weights import locate
 
 
+class Place(NamedTuple):
+    """Where a picture stands in a prompt: its first token, and how its tokens lie in the picture."""
+
+    start: int
+    rows: int
+    columns: int
+
+
+class Prompts(NamedTuple):
+    """Prompts as the language model reads them: inputs [b, n, d], their mask [b, n] (right-padded), the spans of the references by slot,
+    and every place where a picture stands, from left to right."""
+
+    inputs: Tensor
+    mask: Tensor
+    spans: list[list[Span]]
+    places: list[list[Place]]
+
+
 class Encoder(nn.Module, ABC):
     """A VLM that reads text with pictures in it. Three parts, by the names that the parameter table uses:
-    ``vision`` (picture to patches), ``projector`` (patches to the language model's width), ``language``.
+    ``vision`` (picture to patches), ``projector`` (patches to the language model's width), ``language``. Pictures are not split.
 
     Args:
         pretrained: hub name, local folder or ``toybox/<part>``.
@@ -27,20 +46,34 @@ class Encoder(nn.Module, ABC):
         max_tokens: longest prompt, pictures included; a longer one is an error, never cut.
         mix: what comes out. None: the last hidden states (MUMU). A number w: input embeddings + w x last hidden states, each
             RMS-normalised; the last states of a small language model say much about the next token and little about their own.
+        dtype: weights' dtype (``float32``, ``bfloat16``).
+        attention: attention implementation of ``transformers``.
     """
 
     vision: nn.Module
     projector: nn.Module
     language: nn.Module
-    transformers_names: dict[str, str]
+    architecture: ClassVar[str]
+    """The model's class in ``transformers``."""
+    transformers_names: ClassVar[dict[str, str]]
     """Where the parts lie in the model of ``transformers``, for LoRA that PEFT loads there."""
 
-    def __init__(self, pretrained: str, image_tokens: int, max_tokens: int = 2048, mix: float | None = None) -> None:
+    def __init__(
+        self,
+        pretrained: str,
+        image_tokens: int,
+        max_tokens: int = 2048,
+        mix: float | None = None,
+        dtype: str = "float32",
+        attention: str = "sdpa",
+    ) -> None:
         super().__init__()
         if image_tokens < 1 or round(image_tokens**0.5) ** 2 != image_tokens:
             raise ValueError(f"image_tokens must be a square number, not {image_tokens}")
         self.pretrained, self.image_tokens, self.max_tokens, self.mix = pretrained, image_tokens, max_tokens, mix
+        self.dtype, self.attention = dtype, attention
         self._tokenizer: Any = None
+        self._config: Any = None
 
     @property
     def tokenizer(self) -> Any:
@@ -51,18 +84,48 @@ class Encoder(nn.Module, ABC):
             self._tokenizer = AutoTokenizer.from_pretrained(locate(self.pretrained))
         return self._tokenizer
 
-    @abstractmethod
+    @property
+    def model_config(self) -> Any:
+        """The configuration of the model of ``transformers``, read once (PEFT would misread one named ``config``)."""
+        if self._config is None:
+            from transformers import AutoConfig
+
+            self._config = AutoConfig.from_pretrained(locate(self.pretrained))
+        return self._config
+
     def build(self, weights: bool = True) -> None:
-        """Create the parts, from pretrained weights or (``weights=False``) from the configuration alone, on the default device."""
+        """Create the parts, from pretrained weights or (``weights=False``) from the configuration alone, on the default device.
+
+        Raises:
+            ValueError: the model is of another architecture.
+        """
+        import transformers
+
+        found = (self.model_config.architectures or [self.architecture])[0]
+        if found != self.architecture:
+            raise ValueError(f"{self.pretrained} is a {found}; {type(self).__name__} reads {self.architecture}")
+        whole, kind = getattr(transformers, self.architecture), {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
+        model = whole.from_pretrained(locate(self.pretrained), **kind) if weights else whole._from_config(self.model_config, **kind)
+        self.adopt(model.model)
+
+    def adopt(self, model: Any, tokenizer: Any = None) -> None:
+        """Take the parts of a model of ``transformers`` (its output head is not needed), and a tokenizer if it has none of its own yet."""
+        self._config, self._tokenizer = model.config, tokenizer or self._tokenizer
+        self.vision, self.projector, self.language = self.take(model)
+
+    @abstractmethod
+    def take(self, model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """``vision``, ``projector`` and ``language`` of the model."""
 
     def settings(self) -> dict[str, Any]:
         """The arguments that build an encoder like this one."""
-        return {"pretrained": self.pretrained, "image_tokens": self.image_tokens, "max_tokens": self.max_tokens, "mix": self.mix}
+        names = ("pretrained", "image_tokens", "max_tokens", "mix", "dtype", "attention")
+        return {name: getattr(self, name) for name in names}
 
     @property
-    @abstractmethod
     def hidden_size(self) -> int:
         """Width d of the hidden states."""
+        return int(self.model_config.text_config.hidden_size)
 
     @property
     @abstractmethod
@@ -87,6 +150,11 @@ class Encoder(nn.Module, ABC):
         """Side in pixels of a reference that fills the token budget."""
         return round(self.image_tokens**0.5) * self.patch_size
 
+    def positions(self, mask: Tensor, places: list[list[Place]]) -> dict[str, Tensor]:
+        """What the language model is told about positions, for prompts with a mask [b, n] and pictures at ``places``; nothing where it
+        counts tokens by itself."""
+        return {}
+
     def tokens_of(self, height: int, width: int) -> int:
         """How many tokens a picture of this size in pixels takes."""
         return (height // self.patch_size) * (width // self.patch_size)
@@ -101,7 +169,8 @@ class Encoder(nn.Module, ABC):
             RecordError: the prompt is longer than ``max_tokens``.
         """
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        ids: list[int] = [self.tokenizer.bos_token_id]
+        begin = self.tokenizer.bos_token_id
+        ids: list[int] = [self.tokenizer.pad_token_id if begin is None else begin]  # never empty
         spans: dict[int, Span] = {}
         for text, slot in split(instruction, markers):
             if slot is None:
@@ -116,16 +185,16 @@ class Encoder(nn.Module, ABC):
             raise RecordError(f"the prompt has {len(ids)} tokens, more than max_tokens={self.max_tokens}: {instruction[:60]!r}")
         return ids, [spans[k] for k in range(len(counts))]
 
-    def embed(
-        self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]
-    ) -> tuple[Tensor, Tensor, list[list[Span]]]:
-        """Language-model inputs [b, n, d], their mask [b, n] (right-padded), and the spans of the references."""
+    def embed(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Prompts:
+        """What the language model reads: words, and in the markers' places the pictures' tokens."""
         device = next(self.language.parameters()).device
         features: dict[tuple[int, int], Tensor] = {}
+        grids: dict[tuple[int, int], tuple[int, int]] = {}
         for group in references:
             images = self.embed_images(group.pixels)  # [n, patches, d]
             for i, key in enumerate(zip(group.sample.tolist(), group.slot.tolist(), strict=True)):
                 features[key] = images[i]
+                grids[key] = (group.pixels.shape[-2] // self.patch_size, group.pixels.shape[-1] // self.patch_size)
         rows, spans = [], []
         for b, (text, marks) in enumerate(zip(instructions, markers, strict=True)):
             ids, where = self.tokenise(text, marks, [features[b, k].shape[0] for k in range(len(marks))])
@@ -135,19 +204,39 @@ class Encoder(nn.Module, ABC):
         padded = torch.tensor([r + [self.tokenizer.pad_token_id] * (longest - len(r)) for r in rows], device=device)
         mask = torch.tensor([[True] * len(r) + [False] * (longest - len(r)) for r in rows], device=device)
         inputs = self.language.get_input_embeddings()(padded)  # type: ignore[operator]
+        image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        shown = [[s for _, s in split(t, m) if s is not None] for t, m in zip(instructions, markers, strict=True)]  # slots, left to right
         if features:
-            order = [
-                features[b, s] for b, (t, m) in enumerate(zip(instructions, markers, strict=True)) for _, s in split(t, m) if s is not None
-            ]
-            at = (padded == self.tokenizer.convert_tokens_to_ids(self.image_token)).unsqueeze(-1)
-            inputs = inputs.masked_scatter(at, torch.cat(order).to(inputs.dtype))
-        return inputs, mask, spans
+            order = torch.cat([features[b, s] for b, slots in enumerate(shown) for s in slots])
+            inputs = inputs.masked_scatter((padded == image_id).unsqueeze(-1), order.to(inputs.dtype))
+        places: list[list[Place]] = []
+        for b, (ids, slots) in enumerate(zip(rows, shown, strict=True)):
+            places.append([])
+            at = 0
+            for s in slots:
+                at = ids.index(image_id, at)
+                places[b].append(Place(at, *grids[b, s]))
+                at += grids[b, s][0] * grids[b, s][1]
+        return Prompts(inputs, mask, spans, places)
+
+    def read(self, prompts: Prompts) -> Tensor:
+        """The last hidden states [b, n, d]."""
+        positions = self.positions(prompts.mask, prompts.places)
+        out = self.language(inputs_embeds=prompts.inputs, attention_mask=prompts.mask.long(), use_cache=False, **positions)
+        return out.last_hidden_state  # type: ignore[no-any-return]
 
     def forward(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Condition:
         """Encode b prompts: hidden states [b, n, d] of text and picture tokens alike."""
-        inputs, mask, spans = self.embed(instructions, markers, references)
-        out = self.language(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False)
-        tokens = out.last_hidden_state
+        prompts = self.embed(instructions, markers, references)
+        tokens = self.read(prompts)
         if self.mix is not None:
-            tokens = rms_norm(inputs, inputs.shape[-1:]) + self.mix * rms_norm(tokens, tokens.shape[-1:])
-        return Condition(tokens, mask, spans)
+            tokens = rms_norm(prompts.inputs, tokens.shape[-1:]) + self.mix * rms_norm(tokens, tokens.shape[-1:])
+        return Condition(tokens, prompts.mask, prompts.spans)
+
+
+def clip_normalised(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] with the mean and the standard deviation that CLIP's pictures have, [..., 3, H, W]."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    mean, std = pixels.new_tensor(OPENAI_CLIP_MEAN), pixels.new_tensor(OPENAI_CLIP_STD)
+    return ((pixels + 1) / 2 - mean[:, None, None]) / std[:, None, None]

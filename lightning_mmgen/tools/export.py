@@ -150,7 +150,7 @@ def _save_encoder_lora(encoder: Encoder, config: LoraConfig, folder: Path) -> No
 
 
 def _rename(name: str, prefixes: dict[str, str]) -> str:
-    for old, new in prefixes.items():
+    for old, new in sorted(prefixes.items(), key=lambda pair: -len(pair[0])):  # a part may lie within another
         if name == old or name.startswith(old + "."):
             return new + name.removeprefix(old)
     return name

@@ -31,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="DIR")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of fully trained weights; as trained by default")
 
+    subs.add_parser("encoders", help="the vision-language encoders that an experiment may name")
+
     data = subs.add_parser("data", help="check or preview records").add_subparsers(dest="action", required=True, metavar="ACTION")
     check = data.add_parser("check", help="every record: schema, markers, pictures; exit 1 if any row is bad")
     check.add_argument("file")
@@ -64,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "check":
             return data.check(args.file)
         print(data.preview(args.file, args.out, args.encoder, args.image_tokens, args.target_size, args.count))
+        return 0
+    if args.command == "encoders":
+        from .encoders import table
+
+        print(table())
         return 0
     from . import generate
 

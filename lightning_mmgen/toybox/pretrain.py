@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import pack
 from ..data.images import pixels
-from ..metrics.clip import normalise
+from ..models.encoder import clip_normalised
 from ..models.idefics2 import Idefics2Encoder
 from ..models.weights import locate
 from ..prompt import Record
@@ -134,7 +134,7 @@ def whiten(vae: Any, pixels: Tensor, floor: float = 0.05) -> None:
     are uncorrelated with unit variance: one that varies little is lost in the noise for nearly all timesteps, whatever it shows.
     A direction of less than ``floor`` times the largest standard deviation is scaled as one of that size. Decoded pictures stay the
     same; the posterior's variance becomes its mean over ``pixels``."""
-    posterior = [vae.encode(p).latent_dist for p in pixels.split(64)]
+    posterior = [vae.encode(p).latent_dist for p in torch.split(pixels, 64)]
     z = torch.cat([p.mean for p in posterior]).movedim(1, -1).flatten(0, -2).double()
     variance = torch.cat([p.var for p in posterior]).mean((0, 2, 3)).double()
     mean, (spread, axes) = z.mean(0), torch.linalg.eigh(torch.cov(z.T, correction=0))
@@ -241,7 +241,8 @@ class CLIPPretraining(RecordPretraining):
         side = self.net.config.vision_config.image_size
         pictures = torch.stack([pixels(r.target, side) for r in records if r.target is not None])
         text = self.tokenizer([r.caption or "" for r in records], padding=True, return_tensors="pt")
-        out = self.net(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=normalise(pictures), return_loss=True)
+        pictures = clip_normalised(pictures)
+        out = self.net(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pictures, return_loss=True)
         right = (out.logits_per_image.argmax(1) == torch.arange(len(records))).float().mean()
         self.log_dict({"loss/contrastive": out.loss, "accuracy": right}, prog_bar=True)
         return out.loss
@@ -311,9 +312,9 @@ class VLMPretraining(RecordPretraining):
                 for r in records
             ]
         )
-        inputs, mask, _ = self.encoder.embed(full, markers, references)
-        hidden = self.encoder.language(inputs_embeds=inputs, attention_mask=mask.long(), use_cache=False).last_hidden_state
-        labels = torch.full(mask.shape, -100)
+        prompts = self.encoder.embed(full, markers, references)
+        hidden = self.encoder.read(prompts)
+        labels = torch.full(prompts.mask.shape, -100)
         sizes = {
             (int(s), int(k)): self.encoder.tokens_of(*g.pixels.shape[-2:])
             for g in references
