@@ -31,6 +31,13 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="DIR")
     export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of fully trained weights; as trained by default")
 
+    merge = subs.add_parser("merge", help="fold the UNet's LoRA into a checkpoint of the same UNet")
+    merge.add_argument("--lora", required=True, help="a folder that `mmgen export` wrote, or a pytorch_lora_weights.safetensors")
+    merge.add_argument("--into", required=True, help="a diffusers folder, or a single .safetensors file")
+    merge.add_argument("--out", required=True, help="the folder or file to write")
+    merge.add_argument("--strength", type=float, default=1.0, help="1 is the LoRA as trained")
+    merge.add_argument("--config", metavar="DIR", help="for a single file: where the UNet's config.json is")
+
     subs.add_parser("encoders", help="the vision-language encoders that an experiment may name")
 
     data = subs.add_parser("data", help="check or preview records").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -71,6 +78,11 @@ def run(args: argparse.Namespace) -> int:
         from .encoders import table
 
         print(table())
+        return 0
+    if args.command == "merge":
+        from .merge import merge
+
+        print(merge(args.lora, args.into, args.out, args.strength, args.config))
         return 0
     from . import generate
 
