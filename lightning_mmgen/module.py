@@ -19,6 +19,7 @@ from .models.codec import CodecConfig
 from .models.encoder import Encoder
 from .models.parameters import ParameterTable, Row
 from .models.unet import UNetConfig, denoise, pooled_features
+from .optimizer import make_optimizer
 from .pipeline import MultimodalPipeline
 
 PARTS = ("encoder", "adapter", "unet")
@@ -191,10 +192,9 @@ class MultimodalDiffusion(L.LightningModule):
     # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        """AdamW with one group a trained row, and the schedule in optimizer steps."""
-        groups = self.table.groups()
+        """One group a trained row, and the schedule in optimizer steps."""
         fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
-        optimizer = torch.optim.AdamW(groups, betas=self.betas, fused=fused)
+        optimizer = make_optimizer(self.table.groups(), self.betas, fused)
         steps = self.trainer.max_steps
         if self.schedule.decay != "constant" and steps < 1:
             raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")

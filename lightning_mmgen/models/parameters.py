@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -26,7 +26,8 @@ class Row:
         rank, alpha, dropout: of LoRA; alpha is the rank if none is given.
         target_modules: ends of the names of the linear layers that get LoRA; by default the attention projections below the row,
             or every linear layer where there are none.
-        weight_decay: of AdamW.
+        weight_decay: decoupled, as in AdamW.
+        optimizer: ``adamw``, or ``muon`` for the row's matrices (its vectors stay with AdamW, at the same rate).
         dtype: of the frozen weights (``bfloat16``, say); what is trained is float32.
         checkpointing: recompute activations in the backward pass.
     """
@@ -39,6 +40,7 @@ class Row:
     dropout: float = 0.0
     target_modules: list[str] | None = None
     weight_decay: float = 0.01
+    optimizer: Literal["adamw", "muon"] = "adamw"
     dtype: str | None = None
     checkpointing: bool = False
 
@@ -201,13 +203,19 @@ class ParameterTable:
                 wanted = f" named {', '.join(state.row.target_modules)}" if state.row.target_modules else ""
                 raise ValueError(f"parameter row {state.row.match!r}: no linear layer{wanted} there, so LoRA trains nothing")
 
-    def groups(self) -> list[dict[str, object]]:
-        """One optimizer group a trained row, named after it."""
-        return [
-            {"name": s.row.match, "params": [p for _, p in s.parameters], "lr": s.row.lr, "weight_decay": s.row.weight_decay}
-            for s in self.states
-            if s.parameters
-        ]
+    def groups(self) -> list[dict[str, Any]]:
+        """One optimizer group a trained row, named after it; with Muon, one more for the row's vectors."""
+        groups = []
+        for s in self.states:
+            muon = [p for _, p in s.parameters if s.row.optimizer == "muon" and p.ndim == 2]
+            rest = [p for _, p in s.parameters if s.row.optimizer == "adamw" or p.ndim != 2]
+            rates = {"lr": s.row.lr, "weight_decay": s.row.weight_decay}
+            if muon:
+                groups.append({"name": s.row.match, "params": muon, "optimizer": "muon", **rates})
+            if rest:
+                name = f"{s.row.match} (vectors)" if muon else s.row.match
+                groups.append({"name": name, "params": rest, "optimizer": "adamw", **rates})
+        return groups
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Module, training, learning rate, trainable and all parameters, as text, a header first (MUMU, Table 1)."""

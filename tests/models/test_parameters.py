@@ -239,7 +239,7 @@ def test_a_full_row_inside_a_lora_part_keeps_its_gradient(model: Model) -> None:
     model().square().sum().backward()
     assert model.unet.conv_in.weight.grad is not None and model.unet.conv_in.weight.grad.abs().sum() > 0
     assert inner.attn1.to_q.weight.grad is not None and inner.attn2.to_q.base_layer.weight.grad is None
-    assert {g["name"]: len(g["params"]) for g in table.groups()}["unet.conv_in"] == 2  # type: ignore[arg-type]
+    assert {g["name"]: len(g["params"]) for g in table.groups()}["unet.conv_in"] == 2
 
 
 def test_a_frozen_row_inside_a_lora_part_stays_without_lora(model: Model) -> None:
@@ -347,7 +347,7 @@ def test_groups_carry_names_rates_and_all_that_is_trained(model: Model) -> None:
         ("adapter", 1e-5, 0.01),
         ("unet", 5e-6, 0.25),
     ]
-    grouped = [p for g in groups for p in g["params"]]  # type: ignore[attr-defined]
+    grouped = [p for g in groups for p in g["params"]]
     assert len(grouped) == len({id(p) for p in grouped})
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(groups)

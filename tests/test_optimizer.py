@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_mmgen.models.parameters import ParameterTable, Row
+from lightning_mmgen.optimizer import make_optimizer
+
+ROWS = [Row("a", "full", lr=4e-3, weight_decay=0.1, optimizer="muon"), Row("b", "full", lr=1e-3), Row("codec", "frozen")]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.codec = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8)), nn.Linear(8, 3), nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x))
+
+
+def groups(net: Net) -> list[dict[str, Any]]:
+    table = ParameterTable(ROWS)
+    table.apply(net, [])
+    return table.groups()
+
+
+def train(net: Net, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for i in steps:
+        x = torch.randn(16, 6, generator=torch.Generator().manual_seed(i))
+        optimizer.zero_grad()
+        net(x).sub(x[:, :3].cumsum(1)).square().mean().backward()
+        optimizer.step()
+
+
+def test_a_rows_matrices_go_to_muon_and_all_else_to_adamw() -> None:
+    net = Net()
+    found = {g["name"]: (g["optimizer"], g["lr"], [tuple(p.shape) for p in g["params"]]) for g in groups(net)}
+    assert found == {
+        "a": ("muon", 4e-3, [(8, 6)]),
+        "a (vectors)": ("adamw", 4e-3, [(8,), (8,), (8,)]),
+        "b": ("adamw", 1e-3, [(3, 8), (3,)]),
+    }
+
+
+def newton_schulz(g: Tensor) -> Tensor:
+    """Jordan et al. 2024: five steps of the quintic iteration, in bfloat16 as torch has it."""
+    x = g.bfloat16() / g.norm()
+    x = x.T if g.shape[0] > g.shape[1] else x
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return (x.T if g.shape[0] > g.shape[1] else x).float()
+
+
+def test_a_step_is_muons_formula_on_the_matrix_and_adamws_on_the_rest() -> None:
+    net = Net()
+    plain, before = copy.deepcopy(net), copy.deepcopy(net)
+    optimizer = make_optimizer(groups(net), (0.9, 0.99))
+    train(net, optimizer, range(1))
+    others = [p for n, p in plain.named_parameters() if n != "a.0.weight" and not n.startswith("codec")]
+    rates = [4e-3] * 3 + [1e-3] * 2
+    decays = [0.1] * 3 + [0.01] * 2
+    plain_groups = [{"params": [p], "lr": r, "weight_decay": d} for p, r, d in zip(others, rates, decays, strict=True)]
+    adamw = torch.optim.AdamW(plain_groups, betas=(0.9, 0.99))
+    train(plain, adamw, range(1))
+    for (name, p), q in zip(net.named_parameters(), plain.parameters(), strict=True):
+        assert name == "a.0.weight" or torch.allclose(p, q, atol=1e-7), name
+    w, grad = before.a[0].weight, net.a[0].weight.grad
+    assert isinstance(w, Tensor) and grad is not None
+    expected = w * (1 - 4e-3 * 0.1) - 4e-3 * 0.2 * 8**0.5 * newton_schulz(grad)  # first step: the momentum is the gradient's own direction
+    torch.testing.assert_close(net.a[0].weight, expected, rtol=0, atol=2e-4)
+
+
+def test_a_saved_state_goes_on_bit_equal() -> None:
+    net = Net()
+    optimizer = make_optimizer(groups(net))
+    train(net, optimizer, range(4))
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    train(net, optimizer, range(4, 8))
+    again = Net()
+    again.load_state_dict(weights)
+    resumed = make_optimizer(groups(again))
+    resumed.load_state_dict(saved)
+    train(again, resumed, range(4, 8))
+    for (name, p), q in zip(net.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_a_scheduler_reaches_both() -> None:
+    net = Net()
+    optimizer = make_optimizer(groups(net))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 0.0 if i else 1.0)
+    train(net, optimizer, range(1))
+    schedule.step()
+    weights = copy.deepcopy(net.state_dict())
+    train(net, optimizer, range(1, 3))
+    assert [g["lr"] for g in optimizer.param_groups] == [0.0] * 3
+    assert all(torch.equal(v, weights[n]) for n, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_table_without_muon_gets_torchs_own_adamw(fused: bool) -> None:
+    optimizer = make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 1e-3, "optimizer": "adamw"}], (0.8, 0.9), fused)
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["fused"] is fused
