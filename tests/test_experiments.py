@@ -74,6 +74,13 @@ def test_an_overlay_there_and_back_changes_names_and_sizes_only(tmp_path: Path, 
     assert [r.lr for r in cli.model.table.rows][:5] == [None, 3e-6, 3e-6, 1e-5, 5e-6]  # Table 1's rates stay
 
 
+@pytest.mark.parametrize("overlay", TRUE_SIZE)
+def test_nothing_of_the_toybox_is_left_in_a_true_size_overlay(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = true_size(overlay, monkeypatch)
+    assert model.betas == (0.9, 0.999) and model.diffusion.timestep_sampling == "uniform"
+    assert {r.optimizer for r in model.table.rows} == {"adamw"}
+
+
 def true_size(overlay: str, monkeypatch: pytest.MonkeyPatch) -> MultimodalDiffusion:
     """The module of a recipe with a true-size overlay, its hub names replaced by committed configurations, on the meta device."""
     monkeypatch.chdir(ROOT)
