@@ -20,15 +20,11 @@ import lightning_mmgen.callbacks as callbacks
 from .checkpoint import AtomicCheckpointIO
 from .data.datamodule import MultimodalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
-from .models.idefics2 import Idefics2Encoder
-from .models.llava import LlavaEncoder
-from .models.qwen2_5_vl import Qwen25VLEncoder
+from .models.encoder import encoders
 from .module import MultimodalDiffusion
 
 SHORT_NAMES = (
-    Idefics2Encoder,
-    Qwen25VLEncoder,
-    LlavaEncoder,
+    *encoders(),
     JSONLSource,
     DatasetSource,
     ToyboxSource,

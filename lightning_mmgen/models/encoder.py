@@ -6,6 +6,8 @@ how its prompt spells a picture.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -209,14 +211,7 @@ class Encoder(nn.Module, ABC):
         if features:
             order = torch.cat([features[b, s] for b, slots in enumerate(shown) for s in slots])
             inputs = inputs.masked_scatter((padded == image_id).unsqueeze(-1), order.to(inputs.dtype))
-        places: list[list[Place]] = []
-        for b, (ids, slots) in enumerate(zip(rows, shown, strict=True)):
-            places.append([])
-            at = 0
-            for s in slots:
-                at = ids.index(image_id, at)
-                places[b].append(Place(at, *grids[b, s]))
-                at += grids[b, s][0] * grids[b, s][1]
+        places = [_places(ids, image_id, [grids[b, s] for s in shown[b]]) for b, ids in enumerate(rows)]
         return Prompts(inputs, mask, spans, places)
 
     def read(self, prompts: Prompts) -> Tensor:
@@ -232,6 +227,24 @@ class Encoder(nn.Module, ABC):
         if self.mix is not None:
             tokens = rms_norm(prompts.inputs, tokens.shape[-1:]) + self.mix * rms_norm(tokens, tokens.shape[-1:])
         return Condition(tokens, prompts.mask, prompts.spans)
+
+
+def _places(ids: list[int], image_id: int, grids: list[tuple[int, int]]) -> list[Place]:
+    """Where pictures of these rows and columns, from left to right, stand among a prompt's tokens."""
+    places, at = [], 0
+    for rows, columns in grids:
+        at = ids.index(image_id, at)
+        places.append(Place(at, rows, columns))
+        at += rows * columns
+    return places
+
+
+def encoders() -> list[type[Encoder]]:
+    """Every encoder in this package, by name; a new file among its modules is enough to be one."""
+    package = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
+        importlib.import_module(module.name)
+    return sorted((e for e in Encoder.__subclasses__() if e.__module__.startswith(f"{package}.")), key=lambda e: e.__name__)
 
 
 def clip_normalised(pixels: Tensor) -> Tensor:

@@ -33,13 +33,10 @@ class Idefics2Encoder(Encoder):
         self,
         pretrained: str = "HuggingFaceM4/idefics2-8b",
         image_tokens: int = 324,
-        max_tokens: int = 2048,
-        mix: float | None = None,
         norm: bool = False,
-        dtype: str = "float32",
-        attention: str = "sdpa",
+        **settings: Any,
     ) -> None:
-        super().__init__(pretrained, image_tokens, max_tokens, mix, dtype, attention)
+        super().__init__(pretrained, image_tokens, **settings)
         self.norm = norm
 
     def settings(self) -> dict[str, Any]:

@@ -23,16 +23,8 @@ class LlavaEncoder(Encoder):
     transformers_names = {"vision": "model.vision_tower", "projector": "model.multi_modal_projector", "language": "model.language_model"}
     image_token = "<image>"
 
-    def __init__(
-        self,
-        pretrained: str = "llava-hf/llava-1.5-7b-hf",
-        image_tokens: int = 576,
-        max_tokens: int = 2048,
-        mix: float | None = None,
-        dtype: str = "float32",
-        attention: str = "sdpa",
-    ) -> None:
-        super().__init__(pretrained, image_tokens, max_tokens, mix, dtype, attention)
+    def __init__(self, pretrained: str = "llava-hf/llava-1.5-7b-hf", image_tokens: int = 576, **settings: Any) -> None:
+        super().__init__(pretrained, image_tokens, **settings)
 
     def take(self, model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
         layer, strategy = model.config.vision_feature_layer, model.config.vision_feature_select_strategy

@@ -36,16 +36,8 @@ class Qwen25VLEncoder(Encoder):
     transformers_names = {"vision": "model.visual", "projector": "model.visual.merger", "language": "model.language_model"}
     image_token = "<|image_pad|>"
 
-    def __init__(
-        self,
-        pretrained: str = "Qwen/Qwen2.5-VL-7B-Instruct",
-        image_tokens: int = 324,
-        max_tokens: int = 2048,
-        mix: float | None = None,
-        dtype: str = "float32",
-        attention: str = "sdpa",
-    ) -> None:
-        super().__init__(pretrained, image_tokens, max_tokens, mix, dtype, attention)
+    def __init__(self, pretrained: str = "Qwen/Qwen2.5-VL-7B-Instruct", image_tokens: int = 324, **settings: Any) -> None:
+        super().__init__(pretrained, image_tokens, **settings)
 
     def take(self, model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
         projector, model.visual.merger = model.visual.merger, Rows(model.visual.spatial_merge_unit)

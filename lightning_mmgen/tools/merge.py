@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ..models.weights import locate
+from ..models.unet import UNetConfig
 from .export import UNET_LORA
 
 WEIGHTS = "diffusion_pytorch_model*.safetensors*"
@@ -101,14 +101,12 @@ def _file(lora: str, source: Path, target: Path, strength: float, config: str | 
 
 def _config(lora: str, folder: str | None) -> dict[str, Any]:
     """The UNet's configuration for a single file, which has none."""
-    if folder is None:
-        index = Path(lora) / "model_index.json"
-        if not index.is_file():
-            raise ValueError("a single file has no configuration of its UNet: give --config, or an export's folder as --lora")
-        base = json.loads(index.read_text())["unet"]["init"]
-        place = {"subfolder": base["subfolder"]} if base["subfolder"] else {}
-        return dict(UNet2DConditionModel.load_config(locate(base["pretrained"]), **place))
-    return dict(UNet2DConditionModel.load_config(folder))
+    if folder is not None:
+        return UNetConfig(folder, None).read()
+    index = Path(lora) / "model_index.json"
+    if not index.is_file():
+        raise ValueError("a single file has no configuration of its UNet: give --config, or an export's folder as --lora")
+    return UNetConfig(**json.loads(index.read_text())["unet"]["init"]).read()
 
 
 def _finite(state: dict[str, torch.Tensor], dtype: torch.dtype) -> None:

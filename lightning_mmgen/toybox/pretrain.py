@@ -70,7 +70,11 @@ class Pretraining(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self.net.load_state_dict(self.mean, strict=False)
+        self.finish()
         self.net.half().save_pretrained(self.out)
+
+    def finish(self) -> None:
+        """What is left to do to the averaged weights before they are saved."""
 
     def pictures(self) -> Pictures:
         return Pictures(self.batch_size * max(self.trainer.max_steps, 1), self.seed)
@@ -122,10 +126,9 @@ class VAEPretraining(Pretraining):
         self.log_dict({"loss/mse": mse, "loss/kl": kl}, prog_bar=True)
         return mse + 0.2 * F.l1_loss(out, pixels) + self.kl * kl
 
-    def on_fit_end(self) -> None:
-        self.net.load_state_dict(self.mean, strict=False)
-        whiten(self.net, torch.stack([self.pictures()[i] for i in range(min(1024, len(self.pictures())))]).to(self.device))
-        self.net.half().save_pretrained(self.out)
+    def finish(self) -> None:
+        pictures = self.pictures()
+        whiten(self.net, torch.stack([pictures[i] for i in range(min(1024, len(pictures)))]).to(self.device))
 
 
 @torch.no_grad()
