@@ -85,7 +85,7 @@ class MultimodalDiffusion(L.LightningModule):
         adapter: AdapterConfig,
         unet: UNetConfig,
         codec: CodecConfig,
-        parameters: list[Row],
+        parameters: tuple[Row, ...],
         diffusion: Diffusion = Diffusion(),
         condition_dropout: ConditionDropout = ConditionDropout(),
         schedule: LRSchedule = LRSchedule(),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 
 
@@ -35,7 +36,7 @@ class MuonAdamW(Optimizer):
         if chosen["adamw"]:
             self.inner["adamw"] = AdamW(chosen["adamw"], betas=betas, fused=fused)
         if chosen["muon"]:
-            self.inner["muon"] = Muon(chosen["muon"], momentum=0.9, adjust_lr_fn="match_rms_adamw")
+            self.inner["muon"] = StackedMuon(chosen["muon"], momentum=0.9, adjust_lr_fn="match_rms_adamw")
         super().__init__(groups, {})  # the same dictionaries, which now hold their optimizer's settings
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -49,3 +50,41 @@ class MuonAdamW(Optimizer):
             optimizer.state = self.state
             optimizer.step()
         return loss
+
+
+class StackedMuon(Muon):
+    """torch's Muon with the matrices of one shape orthogonalised together: LoRA has hundreds of small ones. Settings and state are torch's;
+    the rate is scaled by ``match_rms_adamw``, with Nesterov momentum."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault(p.shape, []).append(p)
+            for shape, matrices in shapes.items():
+                self._step(group, shape, matrices)
+
+    def _step(self, group: dict[str, Any], shape: torch.Size, matrices: list[Tensor]) -> None:
+        states, momentum, lr = [self.state[p] for p in matrices], group["momentum"], group["lr"]
+        for p, state in zip(matrices, states, strict=True):
+            state.setdefault("momentum_buffer", torch.zeros_like(p))
+        grads, buffers = [p.grad for p in matrices if p.grad is not None], [s["momentum_buffer"] for s in states]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        update = orthogonal(torch.stack(torch._foreach_lerp(grads, buffers, momentum)), group["ns_coefficients"], group["ns_steps"])
+        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-lr * 0.2 * max(shape) ** 0.5)
+
+
+def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
+    """Newton-Schulz iteration (Jordan et al. 2024) on matrices [n, rows, columns], in bfloat16 as torch has it: singular values near 1."""
+    a, b, c = coefficients
+    x = stack.bfloat16()
+    x = x.mT if stack.shape[1] > stack.shape[2] else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if stack.shape[1] > stack.shape[2] else x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mmgen.models.parameters import ParameterTable, Row
-from lightning_mmgen.optimizer import make_optimizer
+from lightning_mmgen.optimizer import StackedMuon, make_optimizer
 
 ROWS = [Row("a", "full", lr=4e-3, weight_decay=0.1, optimizer="muon"), Row("b", "full", lr=1e-3), Row("codec", "frozen")]
 
@@ -107,3 +107,20 @@ def test_a_table_without_muon_gets_torchs_own_adamw(fused: bool) -> None:
     optimizer = make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 1e-3, "optimizer": "adamw"}], (0.8, 0.9), fused)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["fused"] is fused
+
+
+def test_stacked_steps_are_those_of_torchs_own_muon() -> None:
+    shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (8, 24), (24, 8)]
+    ours = [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
+    theirs = copy.deepcopy(ours)
+    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = StackedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    for step in range(5):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)) if i != 4 or step else None
+        for optimizer in optimizers:
+            optimizer.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
+    states = [o.state_dict()["state"] for o in optimizers]
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -87,7 +87,7 @@ class ParameterTable:
         ValueError: two rows with one pattern.
     """
 
-    def __init__(self, rows: list[Row]) -> None:
+    def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = list(rows)
         if not any(r.match.split(".")[0] == "codec" for r in rows):
             self.rows.append(Row("codec", "frozen"))

@@ -6,6 +6,7 @@ folder when its fit ends; the YAMLs are in ``experiments/toybox/``.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import pack
 from ..data.images import pixels
-from ..models.encoder import clip_normalised
+from ..models.encoder import Prompts, clip_normalised
 from ..models.idefics2 import Idefics2Encoder
 from ..models.weights import locate
 from ..prompt import Record
 from .render import draw
 from .tasks import TASKS
-from .world import random_scene
+from .world import COLOURS, SHAPES, TEXTURES, TRAITS, Toy, random_scene
+
+PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -58,7 +61,7 @@ class Pretraining(L.LightningModule):
         self.mean: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.AdamW(self.net.parameters(), lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.01, betas=(0.9, 0.99))
         schedule = warmup_cosine(optimizer, self.trainer.max_steps, self.warmup)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -252,8 +255,14 @@ class CLIPPretraining(RecordPretraining):
 
 
 class VLMPretraining(RecordPretraining):
-    """An Idefics2-shaped VLM without perceiver: the language loss on answers about pictures, and on captions.
-    ``start``: the folder of a VLM to go on from with its tokenizer, instead of a new one."""
+    """An Idefics2-shaped VLM without perceiver: the language loss on answers about pictures and on captions, and a loss that has every
+    single token of a toy's picture say what the toy is (:meth:`telling`).
+
+    Args:
+        noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
+        train_language: train the language model too, not the vision tower and the projector alone.
+        start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
+    """
 
     def __init__(
         self,
@@ -267,6 +276,8 @@ class VLMPretraining(RecordPretraining):
         warmup: int = 100,
         seed: int = 0,
         ema: float = 0.998,
+        noise: float = 1.0,
+        train_language: bool = True,
         start: str | None = None,
     ) -> None:
         super().__init__(out, lr, batch_size, warmup, seed, ema)
@@ -304,16 +315,17 @@ class VLMPretraining(RecordPretraining):
             self.net.load_state_dict(Idefics2ForConditionalGeneration.from_pretrained(locate(start)).state_dict())
         self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2, norm=True)
         self.encoder.adopt(self.net.model, self.tokenizer)
+        self.noise, self.facts = noise, torch.nn.Linear(width, sum(FACTS))
+        if not train_language:
+            self.net.model.text_model.requires_grad_(False)
+            self.net.lm_head.requires_grad_(False)
 
     def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
         texts = [r.prompt().instruction for r in records]
         full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
         references = pack(
-            [
-                [pixels(ref.image, self.reference_size if r.task in ("naming", "measuring") else None) for ref in r.references]
-                for r in records
-            ]
+            [[pixels(ref.image, self.reference_size if r.task in PORTRAITS else None) for ref in r.references] for r in records]
         )
         prompts = self.encoder.embed(full, markers, references)
         hidden = self.encoder.read(prompts)
@@ -335,4 +347,45 @@ class VLMPretraining(RecordPretraining):
         if asked.any():
             self.log("accuracy/answers", right[asked][told[asked]].float().mean())
         self.log_dict({"loss/language": loss, "accuracy/tokens": right[told].float().mean()}, prog_bar=True)
+        if self.noise and (shown := toys_shown(records, prompts)):
+            telling = self.telling(*shown)
+            self.log("loss/telling", telling, prog_bar=True)
+            loss = loss + telling
         return loss
+
+    def telling(self, tokens: Tensor, toys: list[Toy]) -> Tensor:
+        """How badly one linear layer tells a toy from any one of its picture's tokens [toys, patches, d], with noise on it: the
+        cross-entropy of its three names, and the squared errors of its traits on a scale from -1 to 1."""
+        told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
+        names = (
+            [SHAPES.index(t.shape) for t in toys],
+            [list(COLOURS).index(t.colour) for t in toys],
+            [TEXTURES.index(t.texture) for t in toys],
+        )
+        loss = tokens.new_zeros(())
+        for choices, name in zip(told, names, strict=False):
+            right = torch.tensor(name, device=tokens.device)[:, None].expand(choices.shape[:2])
+            loss = loss + F.cross_entropy(choices.movedim(-1, 1), right)
+        traits = torch.tensor([[_scaled(t, name) for name in TRAITS] for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
+        has = traits.isfinite()
+        return loss + len(TRAITS) * F.mse_loss(told[-1][has], traits[has])
+
+
+FACTS = [len(SHAPES), len(COLOURS), len(TEXTURES), len(TRAITS)]
+
+
+def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy]] | None:
+    """The tokens [toys, patches, d] of all pictures that show one toy alone, and the toys."""
+    toys = [
+        (prompts.inputs[b, span.start : span.end], placed.toy)
+        for b, record in enumerate(records)
+        if record.task in PORTRAITS
+        for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
+    ]
+    return (torch.stack([tokens for tokens, _ in toys]), [toy for _, toy in toys]) if toys else None
+
+
+def _scaled(toy: Toy, trait: str) -> float:
+    """A trait from -1 to 1 over its range; not a number where the toy does not show it."""
+    low, high = TRAITS[trait]
+    return 2 * (toy.traits().get(trait, math.nan) - low) / (high - low) - 1

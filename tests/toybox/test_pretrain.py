@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderKL
 
+from lightning_mmgen.batch import pack
+from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
-from lightning_mmgen.toybox.pretrain import Pictures, whiten
+from lightning_mmgen.toybox.pretrain import FACTS, Pictures, VLMPretraining, toys_shown, whiten
+from lightning_mmgen.toybox.tasks import TASKS
+from lightning_mmgen.toybox.world import COLOURS, SHAPES, TEXTURES, Toy
 
 
 def test_whitened_latents_have_unit_covariance_and_decode_to_the_same_pictures() -> None:
@@ -38,3 +47,52 @@ def test_a_direction_that_hardly_varies_is_scaled_to_the_floor_only() -> None:
         z = vae.encode(pixels).latent_dist.mean.movedim(1, -1).flatten(0, -2)
     spread = torch.linalg.eigvalsh(torch.cov(z.T)).clamp(min=0).sqrt()
     assert spread[0] < 0.01 and spread[-1] == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    experiment = Path(__file__).parents[2] / "experiments/toybox/vlm.yaml"
+    return yaml.safe_load(experiment.read_text())["model"]["init_args"] | {"out": str(tmp_path), "start": "toybox/vlm"}
+
+
+@pytest.fixture
+def vlm(settings: dict[str, Any]) -> VLMPretraining:
+    return VLMPretraining(**settings)
+
+
+def test_telling_is_the_plain_sum_of_its_terms(vlm: VLMPretraining) -> None:
+    toys = [Toy("star", "red", "striped", 10.0, 1.7, 0.15, 0.0, 0.25), Toy("ring", "pink", "solid", -20.0, 2.2, 0.1, 0.11, 0.0)]
+    scaled = [[0.5, 0.0, 1.0, -1.0, 1.0], [-1.0, None, None, 1.0, 0.0]]  # a solid toy shows neither pitch nor phase
+    tokens, vlm.noise = torch.randn(2, 3, vlm.facts.in_features), 0.0
+    expected, squares = 0.0, []
+    for toy, traits, patches in zip(toys, scaled, tokens, strict=True):
+        for told in vlm.facts(patches):
+            shape, colour, texture, values = told.split(FACTS)
+            expected -= shape.log_softmax(0)[SHAPES.index(toy.shape)] / 6
+            expected -= colour.log_softmax(0)[list(COLOURS).index(toy.colour)] / 6
+            expected -= texture.log_softmax(0)[TEXTURES.index(toy.texture)] / 6
+            squares += [(v - t) ** 2 for v, t in zip(values, traits, strict=True) if t is not None]
+    torch.testing.assert_close(vlm.telling(tokens, toys), expected + 5 * torch.stack(squares).mean())
+    vlm.noise = 1.0
+    assert vlm.telling(tokens, toys) != vlm.telling(tokens, toys)
+
+
+def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
+    rng = np.random.default_rng(0)
+    records = [TASKS[task](rng, False) for task in ("caption", "naming", "question", "measuring")]
+    side = vlm.encoder.patch_size * 5
+    pictures = [[pixels(ref.image, side) for ref in r.references] for r in records]
+    markers = [[reference.marker for reference in r.references] for r in records]
+    prompts = vlm.encoder.embed([r.prompt().instruction for r in records], markers, pack(pictures))
+    shown = toys_shown(records, prompts)
+    assert shown is not None
+    portraits = [p for r, row in zip(records, pictures, strict=True) if r.task in ("naming", "measuring") for p in row]
+    torch.testing.assert_close(shown[0], vlm.encoder.embed_images(torch.stack(portraits)))
+    assert shown[1] == [p.toy for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
+    assert toys_shown(records[:1], prompts) is None
+
+
+def test_the_language_model_stays_where_only_the_eyes_are_trained(settings: dict[str, Any]) -> None:
+    eyes = VLMPretraining(**settings | {"train_language": False})
+    trained = {n.split(".")[1] for n, p in eyes.net.named_parameters() if p.requires_grad}
+    assert trained == {"vision_model", "connector"}
