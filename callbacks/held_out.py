@@ -11,7 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_mmgen.data.datamodule import sample_seed
+from lightning_mmgen.data.datamodule import MultimodalDataModule, sample_seed
 from lightning_mmgen.module import Sampler
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
@@ -30,16 +30,19 @@ _drawn: WeakKeyDictionary[Trainer, tuple[int, HeldOut]] = WeakKeyDictionary()
 
 
 def held_out(trainer: Trainer, pl_module: LightningModule, count: int, batch_size: int = 32) -> HeldOut:
-    """Draw the first ``count`` held-out records with the averaged weights if there are any; the noise of each is fixed.
+    """Draw the first ``count`` held-out records, in the data's ``target_size``, with the averaged weights if there are any; the noise of
+    each is fixed.
 
     Pictures of the same step are not drawn twice.
     """
     count = 2 if trainer.fast_dev_run else count  # type: ignore[attr-defined]
     step, kept = _drawn.get(trainer, (-1, None))
     if kept is None or step != trainer.global_step or len(kept.records) < count:
-        records = trainer.datamodule.held_out_records(count)  # type: ignore[attr-defined]
+        data: MultimodalDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        records = data.held_out_records(count)
         with evaluation(trainer, pl_module):
-            kept = HeldOut(records, sample(MultimodalPipeline.of(pl_module), records, pl_module.sampler, batch_size))  # type: ignore[arg-type]
+            pictures = sample(MultimodalPipeline.of(pl_module), records, pl_module.sampler, batch_size, side=data.target_size)  # type: ignore[arg-type]
+        kept = HeldOut(records, pictures)
         _drawn[trainer] = (trainer.global_step, kept)
     return HeldOut(kept.records[:count], kept.pictures[:count])
 
@@ -76,14 +79,18 @@ class HeldOutCallback(Callback, ABC):
             self.look(trainer, pl_module)
 
 
-def sample(pipeline: MultimodalPipeline, records: list[Record], sampler: Sampler, batch_size: int = 32, seed: int = 0) -> Tensor:
-    """Pictures [n, 3, H, W] for records, in batches; the noise of record i follows from (seed, i)."""
+def sample(
+    pipeline: MultimodalPipeline, records: list[Record], sampler: Sampler, batch_size: int = 32, seed: int = 0, side: int | None = None
+) -> Tensor:
+    """Pictures [n, 3, side, side] for records, in batches, in the UNet's own size if no ``side`` in pixels is given; the noise of record i
+    follows from (seed, i)."""
     pipeline.set_progress_bar_config(disable=True)
     out = []
     for at in range(0, len(records), batch_size):
         chunk = records[at : at + batch_size]
         noise = [torch.Generator().manual_seed(sample_seed(seed, 0, at + i)) for i in range(len(chunk))]
-        drawn = pipeline([r.prompt() for r in chunk], sampler.steps, sampler.guidance_scale, generator=noise, output_type="pt").images
+        prompts = [r.prompt() for r in chunk]
+        drawn = pipeline(prompts, sampler.steps, sampler.guidance_scale, side, side, generator=noise, output_type="pt").images
         assert isinstance(drawn, Tensor)
         out.append(drawn.cpu())
     return torch.cat(out)

@@ -11,7 +11,6 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LightningCLI
 from lightning_mmgen.callbacks import EMA, FollowingEvaluation, PictureGrid, evaluation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,13 +40,10 @@ def fit(
 
 
 @pytest.fixture
-def large(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Arguments for pictures of 64 px, as the oracle reads them."""
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for pictures of 64 px, as the oracle reads them; the UNet's own are smaller."""
     monkeypatch.chdir(tmp_path)
-    unet = UNet2DConditionModel.from_pretrained(parts / "unet")
-    unet.register_to_config(sample_size=32)
-    unet.save_pretrained(tmp_path / "unet")
-    return [f"--model.init_args.unet.pretrained={tmp_path / 'unet'}", "--data.init_args.target_size=64"]
+    return ["--data.init_args.target_size=64"]
 
 
 def scalars(run: str, tag: str) -> list[int]:
@@ -67,6 +63,13 @@ def test_evaluation_leaves_no_trace_in_the_losses(experiment: Path, clip: Path, 
         assert scalars("looked", f"held_out/{name}") == [0, 1, 2, 3]
     (following,) = (c for c in cli.trainer.callbacks if isinstance(c, FollowingEvaluation))  # type: ignore[attr-defined]
     assert set(following.before) == set(following.after) and "instruction following" in following.table()
+
+
+def test_held_out_pictures_have_the_size_of_the_targets(experiment: Path, large: list[str]) -> None:
+    cli, _ = fit(experiment, "sizes", LOOKS[1:], DROPOUT_ROWS, *large)
+    own = int(cli.model.unet.config.sample_size) * cli.model.codec.factor
+    (grid,) = (c for c in cli.trainer.callbacks if isinstance(c, PictureGrid))
+    assert own != 64 and grid.before is not None and grid.before.shape == (2, 3, 64, 64)
 
 
 def test_accumulating_gradients_does_not_look_twice(experiment: Path, large: list[str]) -> None:
