@@ -24,7 +24,7 @@ from ..models.encoder import Prompts, clip_normalised
 from ..models.idefics2 import Idefics2Encoder
 from ..models.weights import locate
 from ..prompt import Record
-from .render import draw
+from .render import draw, toy_rgb
 from .tasks import TASKS
 from .world import COLOURS, SHAPES, TEXTURES, TRAITS, Toy, random_scene
 
@@ -276,7 +276,7 @@ class VLMPretraining(RecordPretraining):
         warmup: int = 100,
         seed: int = 0,
         ema: float = 0.998,
-        noise: float = 1.0,
+        noise: float = 1.5,
         train_language: bool = True,
         start: str | None = None,
     ) -> None:
@@ -355,7 +355,7 @@ class VLMPretraining(RecordPretraining):
 
     def telling(self, tokens: Tensor, toys: list[Toy]) -> Tensor:
         """How badly one linear layer tells a toy from any one of its picture's tokens [toys, patches, d], with noise on it: the
-        cross-entropy of its three names, and the squared errors of its traits on a scale from -1 to 1."""
+        cross-entropy of its three names, and the squared errors of its measures (:func:`measures`)."""
         told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
         names = (
             [SHAPES.index(t.shape) for t in toys],
@@ -366,12 +366,12 @@ class VLMPretraining(RecordPretraining):
         for choices, name in zip(told, names, strict=False):
             right = torch.tensor(name, device=tokens.device)[:, None].expand(choices.shape[:2])
             loss = loss + F.cross_entropy(choices.movedim(-1, 1), right)
-        traits = torch.tensor([[_scaled(t, name) for name in TRAITS] for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
-        has = traits.isfinite()
-        return loss + len(TRAITS) * F.mse_loss(told[-1][has], traits[has])
+        wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
+        has = wanted.isfinite()
+        return loss + FACTS[-1] * F.mse_loss(told[-1][has], wanted[has])
 
 
-FACTS = [len(SHAPES), len(COLOURS), len(TEXTURES), len(TRAITS)]
+FACTS = [len(SHAPES), len(COLOURS), len(TEXTURES), len(TRAITS) + 3]
 
 
 def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy]] | None:
@@ -385,7 +385,9 @@ def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[To
     return (torch.stack([tokens for tokens, _ in toys]), [toy for _, toy in toys]) if toys else None
 
 
-def _scaled(toy: Toy, trait: str) -> float:
-    """A trait from -1 to 1 over its range; not a number where the toy does not show it."""
-    low, high = TRAITS[trait]
-    return 2 * (toy.traits().get(trait, math.nan) - low) / (high - low) - 1
+def measures(toy: Toy) -> list[float]:
+    """A toy's traits over their ranges and its first tone's red, green and blue, each from -1 to 1; not a number for a trait that it
+    does not show."""
+    shown = toy.traits()
+    traits = [2 * (shown.get(name, math.nan) - low) / (high - low) - 1 for name, (low, high) in TRAITS.items()]
+    return [*traits, *(2 * float(c) - 1 for c in toy_rgb(toy))]

@@ -62,17 +62,20 @@ def vlm(settings: dict[str, Any]) -> VLMPretraining:
 
 def test_telling_is_the_plain_sum_of_its_terms(vlm: VLMPretraining) -> None:
     toys = [Toy("star", "red", "striped", 10.0, 1.7, 0.15, 0.0, 0.25), Toy("ring", "pink", "solid", -20.0, 2.2, 0.1, 0.11, 0.0)]
-    scaled = [[0.5, 0.0, 1.0, -1.0, 1.0], [-1.0, None, None, 1.0, 0.0]]  # a solid toy shows neither pitch nor phase
+    measured = [  # five traits, then red, green and blue; a solid toy shows neither pitch nor phase
+        [0.5, 0.0, 1.0, -1.0, 1.0, 0.9, -0.715 + 1.615 / 6, -0.715],
+        [-1.0, None, None, 1.0, 0.0, 0.9 - 1.615 / 3, -0.715, 0.9],
+    ]
     tokens, vlm.noise = torch.randn(2, 3, vlm.facts.in_features), 0.0
     expected, squares = 0.0, []
-    for toy, traits, patches in zip(toys, scaled, tokens, strict=True):
+    for toy, numbers, patches in zip(toys, measured, tokens, strict=True):
         for told in vlm.facts(patches):
             shape, colour, texture, values = told.split(FACTS)
             expected -= shape.log_softmax(0)[SHAPES.index(toy.shape)] / 6
             expected -= colour.log_softmax(0)[list(COLOURS).index(toy.colour)] / 6
             expected -= texture.log_softmax(0)[TEXTURES.index(toy.texture)] / 6
-            squares += [(v - t) ** 2 for v, t in zip(values, traits, strict=True) if t is not None]
-    torch.testing.assert_close(vlm.telling(tokens, toys), expected + 5 * torch.stack(squares).mean())
+            squares += [(v - t) ** 2 for v, t in zip(values, numbers, strict=True) if t is not None]
+    torch.testing.assert_close(vlm.telling(tokens, toys), expected + 8 * torch.stack(squares).mean())
     vlm.noise = 1.0
     assert vlm.telling(tokens, toys) != vlm.telling(tokens, toys)
 
