@@ -46,7 +46,7 @@ def in_words(record: Record) -> Record:
 def draw(module: MultimodalDiffusion, wanted: list[Record], seed: int) -> ToyboxFollowing:
     """Sample and score."""
     metric = ToyboxFollowing()
-    metric.update(sample(MultimodalPipeline.of(module), wanted, module.sampler, seed=seed), [r.extra["truth"] for r in wanted])
+    metric.update(sample(MultimodalPipeline.of(module), wanted, seed=seed), [r.extra["truth"] for r in wanted])
     return metric
 
 

@@ -12,7 +12,6 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mmgen.data.datamodule import MultimodalDataModule, sample_seed
-from lightning_mmgen.module import Sampler
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
 
@@ -41,7 +40,7 @@ def held_out(trainer: Trainer, pl_module: LightningModule, count: int, batch_siz
         data: MultimodalDataModule = trainer.datamodule  # type: ignore[attr-defined]
         records = data.held_out_records(count)
         with evaluation(trainer, pl_module):
-            pictures = sample(MultimodalPipeline.of(pl_module), records, pl_module.sampler, batch_size, side=data.target_size)  # type: ignore[arg-type]
+            pictures = sample(MultimodalPipeline.of(pl_module), records, batch_size, side=data.target_size)  # type: ignore[arg-type]
         kept = HeldOut(records, pictures)
         _drawn[trainer] = (trainer.global_step, kept)
     return HeldOut(kept.records[:count], kept.pictures[:count])
@@ -79,9 +78,7 @@ class HeldOutCallback(Callback, ABC):
             self.look(trainer, pl_module)
 
 
-def sample(
-    pipeline: MultimodalPipeline, records: list[Record], sampler: Sampler, batch_size: int = 32, seed: int = 0, side: int | None = None
-) -> Tensor:
+def sample(pipeline: MultimodalPipeline, records: list[Record], batch_size: int = 32, seed: int = 0, side: int | None = None) -> Tensor:
     """Pictures [n, 3, side, side] for records, in batches, in the UNet's own size if no ``side`` in pixels is given; the noise of record i
     follows from (seed, i)."""
     pipeline.set_progress_bar_config(disable=True)
@@ -90,7 +87,7 @@ def sample(
         chunk = records[at : at + batch_size]
         noise = [torch.Generator().manual_seed(sample_seed(seed, 0, at + i)) for i in range(len(chunk))]
         prompts = [r.prompt() for r in chunk]
-        drawn = pipeline(prompts, sampler.steps, sampler.guidance_scale, side, side, generator=noise, output_type="pt").images
+        drawn = pipeline(prompts, height=side, width=side, generator=noise, output_type="pt").images
         assert isinstance(drawn, Tensor)
         out.append(drawn.cpu())
     return torch.cat(out)

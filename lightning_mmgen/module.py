@@ -20,7 +20,7 @@ from .models.encoder import Encoder
 from .models.parameters import ParameterTable, Row
 from .models.unet import UNetConfig, denoise, pooled_features
 from .optimizer import make_optimizer
-from .pipeline import MultimodalPipeline
+from .pipeline import MultimodalPipeline, Sampler
 
 PARTS = ("encoder", "adapter", "unet")
 
@@ -48,19 +48,6 @@ class LRSchedule:
         done = min((step - self.warmup) / max(max_steps - self.warmup, 1), 1.0)
         left = 1 - done if self.decay == "linear" else 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
         return self.floor + (1 - self.floor) * left
-
-
-@dataclass
-class Sampler:
-    """How pictures are drawn from the model (MUMU, section 3: DDIM, 50 steps, guidance 6).
-
-    Args:
-        steps: DDIM steps.
-        guidance_scale: classifier-free guidance; 1 is none.
-    """
-
-    steps: int = 50
-    guidance_scale: float = 6.0
 
 
 class MultimodalDiffusion(L.LightningModule):
@@ -187,7 +174,7 @@ class MultimodalDiffusion(L.LightningModule):
         condition = pipeline.encode(batch.instructions, batch.markers, batch.references)
         noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
         height, width = batch.target.shape[-2:]
-        return pipeline.draw(condition, self.sampler.steps, self.sampler.guidance_scale, height, width, noise)
+        return pipeline.draw(condition, height=height, width=width, generator=noise)
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,19 @@ if TYPE_CHECKING:
     from .module import MultimodalDiffusion
 
 
+@dataclass
+class Sampler:
+    """How pictures are drawn from the model (MUMU, section 3: DDIM, 50 steps, guidance 6).
+
+    Args:
+        steps: DDIM steps.
+        guidance_scale: classifier-free guidance; 1 is none.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 6.0
+
+
 class PipelineOutput(BaseOutput):
     """``images``: a list of PIL pictures, or a tensor [b, 3, H, W] in [-1, 1]."""
 
@@ -34,10 +48,13 @@ class PipelineOutput(BaseOutput):
 
 
 class MultimodalPipeline(DiffusionPipeline):
-    """Text with pictures in it to pictures (MUMU, section 3: DDIM, 50 steps, guidance 6, no negative prompt).
+    """Text with pictures in it to pictures (MUMU, section 3: DDIM, no negative prompt).
 
-    The empty condition of the guidance is an empty prompt through encoder and adapter.
+    The empty condition of the guidance is an empty prompt through encoder and adapter. ``sampler`` holds steps and guidance scale for calls
+    that name none; a pipeline that was exported brings its own.
     """
+
+    sampler = Sampler()
 
     def __init__(self, encoder: Encoder, adapter: Adapter, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Any) -> None:
         super().__init__()
@@ -48,7 +65,9 @@ class MultimodalPipeline(DiffusionPipeline):
     def of(cls, module: MultimodalDiffusion) -> MultimodalPipeline:
         """The pipeline over a module's own parts: what the callbacks sample with during training."""
         scheduler = DDIMScheduler(**module.diffusion.scheduler_config())
-        return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler)
+        pipeline = cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler)
+        pipeline.sampler = module.sampler
+        return pipeline
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalPipeline:  # type: ignore[override]
@@ -72,13 +91,10 @@ class MultimodalPipeline(DiffusionPipeline):
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
-        return cls(
-            encoder,
-            Adapter.from_pretrained(root / "adapter"),
-            unet,
-            parts["codec"].build().vae,
-            DDIMScheduler.from_pretrained(root / "scheduler"),
-        ).frozen()
+        adapter, scheduler = Adapter.from_pretrained(root / "adapter"), DDIMScheduler.from_pretrained(root / "scheduler")
+        pipeline = cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler)
+        pipeline.sampler = Sampler(**index["sampler"])
+        return pipeline.frozen()
 
     def frozen(self) -> MultimodalPipeline:
         """For inference alone: evaluation mode, no gradients, and every weight in memory of its own. PyTorch picks kernels by gradients
@@ -96,8 +112,8 @@ class MultimodalPipeline(DiffusionPipeline):
     def __call__(
         self,
         prompts: Sequence[MultimodalPrompt] | MultimodalPrompt,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 6.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -107,8 +123,8 @@ class MultimodalPipeline(DiffusionPipeline):
 
         Args:
             prompts: instructions with their references.
-            num_inference_steps: denoising steps.
-            guidance_scale: classifier-free guidance; 1 is none, and halves the work.
+            num_inference_steps: denoising steps; the sampler's own if none are given.
+            guidance_scale: classifier-free guidance, likewise; 1 is none, and halves the work.
             height, width: of the pictures, in pixels; the UNet's own size if none is given.
             generator: of the initial noise, one or one a prompt.
             output_type: ``pil`` or ``pt``.
@@ -134,29 +150,31 @@ class MultimodalPipeline(DiffusionPipeline):
     def draw(
         self,
         condition: Condition,
-        num_inference_steps: int,
-        guidance_scale: float,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
         """Pictures [b, 3, H, W] in [-1, 1] for an encoded condition; arguments as in :meth:`__call__`."""
+        steps = num_inference_steps or self.sampler.steps
+        scale = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
         own, count = int(self.unet.config.sample_size) * self.codec.factor, len(condition.tokens)
         height, width = height or own, width or own
         multiple = self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
-        if guidance_scale != 1:
+        if scale != 1:
             condition = join(self.encode([""], [[]], []), condition)
         shape = (count, self.codec.channels, height // self.codec.factor, width // self.codec.factor)
-        self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+        self.scheduler.set_timesteps(steps, device=self.device)
         latents = initial_noise(shape, generator).to(self.device) * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
-            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if guidance_scale == 1 else 2)), t)
+            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if scale == 1 else 2)), t)
             prediction = denoise(self.unet, z_t, t.expand(len(z_t)), condition, (height, width)).float()
-            if guidance_scale != 1:
+            if scale != 1:
                 empty, full = prediction.chunk(2)
-                prediction = empty + guidance_scale * (full - empty)
+                prediction = empty + scale * (full - empty)
             latents = self.scheduler.step(prediction, t, latents).prev_sample
         return self.codec.decode(latents)
 

@@ -19,7 +19,7 @@ from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.parameters import Row
 from lightning_mmgen.models.unet import UNetConfig
 from lightning_mmgen.module import MultimodalDiffusion
-from lightning_mmgen.pipeline import MultimodalPipeline, initial_noise, join, to_pil
+from lightning_mmgen.pipeline import MultimodalPipeline, Sampler, initial_noise, join, to_pil
 from lightning_mmgen.prompt import MultimodalPrompt, Reference
 
 DIFFUSION = Diffusion("v_prediction", zero_terminal_snr=True)
@@ -119,6 +119,14 @@ def test_prompt_reference_seed_steps_and_guidance_change_the_picture(pipeline: M
     other = MultimodalPrompt(PROMPTS[2].instruction, (Reference(4, picture(9)),))
     for changed in (draw(other), draw(PROMPTS[0]), draw(PROMPTS[2], steps=5), draw(PROMPTS[2], guidance=3.0), draw(PROMPTS[2], seed=2)):
         assert (changed - first).abs().max() > 1e-3
+
+
+def test_a_call_that_names_no_steps_takes_those_of_the_sampler(pipeline: MultimodalPipeline) -> None:
+    assert (pipeline.sampler.steps, pipeline.sampler.guidance_scale) == (50, 6.0)  # MUMU, section 3
+    pipeline.sampler = Sampler(3, 1.0)
+    own = pipeline(PROMPTS[0], generator=seeds(1), output_type="pt").images
+    assert torch.equal(own, pipeline(PROMPTS[0], 3, 1.0, generator=seeds(1), output_type="pt").images)
+    assert not torch.equal(own, pipeline(PROMPTS[0], 3, 0.0, generator=seeds(1), output_type="pt").images)
 
 
 def test_euler_steps_draw_what_ddim_draws(pipeline: MultimodalPipeline) -> None:

@@ -196,7 +196,6 @@ class MultimodalDataModule(L.LightningDataModule):
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
         self.seed, self.bad_rows, self.check = seed, bad_rows, check
         self.bad: dict[int, str] = {}
-        self.seen = 0
         self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
         self._sampler: OrderedSampler | None = None
 
@@ -268,7 +267,6 @@ class MultimodalDataModule(L.LightningDataModule):
             return good
         if self.trainer:
             self.advance()  # here, because Lightning calls no on_train_batch_start for a batch of bad rows alone
-        self.seen += (good.size if good is not None else 0) + len(bad)
         for row in bad:
             self.bad[row.index] = row.reason
         if bad:

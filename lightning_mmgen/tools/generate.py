@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -67,19 +66,11 @@ def generate(args: argparse.Namespace) -> list[Path]:
             raise ValueError(f"--{name} must be 1 or more, not {value}")
     references = tuple(Reference(k + 1, Path(r).read_bytes()) for k, r in enumerate(args.ref))
     prompt = MultimodalPrompt(args.prompt, references)
-    if args.ckpt:
-        module = load_module(args.ckpt)
-        pipeline, sampler = MultimodalPipeline.of(module).frozen(), module.sampler
-        steps, scale = sampler.steps, sampler.guidance_scale
-    else:
-        pipeline = MultimodalPipeline.from_pretrained(args.model)
-        index = json.loads((Path(args.model) / "model_index.json").read_text())
-        steps, scale = index["sampler"]["steps"], index["sampler"]["guidance_scale"]
+    pipeline = MultimodalPipeline.of(load_module(args.ckpt)).frozen() if args.ckpt else MultimodalPipeline.from_pretrained(args.model)
     if torch.cuda.is_available():
         pipeline.to("cuda")
     noise = [torch.Generator().manual_seed(args.seed + i) for i in range(args.count)]
-    guidance = scale if args.guidance is None else args.guidance
-    drawn = pipeline([prompt] * args.count, args.steps or steps, guidance, args.height, args.width, noise).images
+    drawn = pipeline([prompt] * args.count, args.steps, args.guidance, args.height, args.width, noise).images
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix or '.png'}") for i in range(args.count)]

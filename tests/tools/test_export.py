@@ -64,8 +64,9 @@ def drawn(pipeline: MultimodalPipeline) -> Tensor:
 
 
 def assert_reloads(module: MultimodalDiffusion, folder: Path) -> None:
-    """The export draws the module's pictures, to the last bit."""
+    """The export draws the module's pictures, to the last bit, and by default with the module's sampler."""
     pipeline = MultimodalPipeline.from_pretrained(export(module, folder))
+    assert pipeline.sampler == module.sampler
     assert torch.equal(drawn(pipeline), drawn(MultimodalPipeline.of(module).frozen()))
 
 
