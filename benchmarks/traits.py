@@ -16,18 +16,16 @@ from dataclasses import replace
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from lightning_mmgen.batch import pack
+from lightning_mmgen.batch import Condition, pack
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.module import MultimodalDiffusion
 from lightning_mmgen.tools.generate import load_module
 from lightning_mmgen.toybox.render import portrait
 from lightning_mmgen.toybox.tasks import picture
-from lightning_mmgen.toybox.world import COLOURS, SHAPES, TEXTURES, TRAITS, Scene, place, random_toy
+from lightning_mmgen.toybox.world import NAMES, TRAITS, Scene, place, random_toy
 
 TIMESTEPS = (999, 900, 800, 600, 400, 200)
-NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES}
 
 
 def changed(scene: Scene, **what: object) -> Scene:
@@ -49,27 +47,29 @@ def pair(scene: Scene, name: str, i: int) -> tuple[Scene, Scene] | None:
     return changed(scene, **{name: 0.9 * low + 0.1 * high}), changed(scene, **{name: 0.1 * low + 0.9 * high})
 
 
-def targets(model: MultimodalDiffusion, scenes: list[Scene]) -> Tensor:
-    """Latents [b, c, h, w] of the scenes."""
-    return model.codec.encode(torch.stack([pixels(picture(s)) for s in scenes]))
-
-
 @torch.no_grad()
-def share(model: MultimodalDiffusion, pairs: list[tuple[Scene, Scene]], t: int) -> float:
-    """The mean share of the true change that the estimate of z_0 makes at timestep ``t``."""
-    side = model.encoder.reference_size
-    first, second = (targets(model, list(scenes)) for scenes in zip(*pairs, strict=True))
+def shares(model: MultimodalDiffusion, pairs: list[tuple[Scene, Scene]]) -> list[float]:
+    """The mean share of the true change that the estimate of z_0 makes, at each of ``TIMESTEPS``."""
+    sides = [list(scenes) for scenes in zip(*pairs, strict=True)]
+    first, second = (model.codec.encode(torch.stack([pixels(picture(s)) for s in scenes])) for scenes in sides)
+    conditions = [shown(model, scenes) for scenes in sides]
+    middle, change = (first + second) / 2, second - first
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
-    timesteps = torch.full((len(pairs),), t)
-    z_t = model.diffusion.add_noise((first + second) / 2, noise, timesteps)
-    estimates = []
-    for scenes in zip(*pairs, strict=True):
-        texts = [s.caption(["[ref#1] toy"], style=False) for s in scenes]
-        shown = pack([[pixels(Image.fromarray(portrait(s.toys[0].toy, "grey")), side)] for s in scenes])
-        condition = model.adapter(model.encoder(texts, [[1]] * len(texts), shown))
-        estimates.append(model.diffusion.estimate_z0(model(z_t, timesteps, condition, (64, 64)), z_t, timesteps))
-    change = second - first
-    return float(((estimates[1] - estimates[0]) * change).sum() / change.square().sum())
+    out = []
+    for t in TIMESTEPS:
+        timesteps = torch.full((len(pairs),), t)
+        z_t = model.diffusion.add_noise(middle, noise, timesteps)
+        a, b = (model.diffusion.estimate_z0(model(z_t, timesteps, c, (64, 64)), z_t, timesteps) for c in conditions)
+        out.append(float(((b - a) * change).sum() / change.square().sum()))
+    return out
+
+
+def shown(model: MultimodalDiffusion, scenes: list[Scene]) -> Condition:
+    """The scenes as prompts that show their toy and tell the rest."""
+    texts = [s.caption(["[ref#1] toy"], style=False) for s in scenes]
+    portraits = [Image.fromarray(portrait(s.toys[0].toy, "grey")) for s in scenes]
+    references = pack([[pixels(p, model.encoder.reference_size)] for p in portraits])
+    return model.adapter(model.encoder(texts, [[1]] * len(texts), references))
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
     print(f"{'t':<10}" + "".join(f"{t:>7}" for t in TIMESTEPS))
     for name in (*NAMES, *TRAITS):
         pairs = [p for i, s in enumerate(scenes) if (p := pair(s, name, i))]
-        print(f"{name:<10}" + "".join(f"{share(model, pairs, t):7.2f}" for t in TIMESTEPS), flush=True)
+        print(f"{name:<10}" + "".join(f"{share:7.2f}" for share in shares(model, pairs)), flush=True)
 
 
 if __name__ == "__main__":

@@ -60,25 +60,24 @@ class StackedMuon(Muon):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    shapes.setdefault(p.shape, []).append(p)
-            for shape, matrices in shapes.items():
-                self._step(group, shape, matrices)
+            found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+            self._init_group(group, *found)
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            for matrix in zip(*found, strict=True):
+                shapes.setdefault(matrix[0].shape, []).append(matrix)
+            for shape, alike in shapes.items():
+                self._step(group, shape, *map(list, zip(*alike, strict=True)))
 
-    def _step(self, group: dict[str, Any], shape: torch.Size, matrices: list[Tensor]) -> None:
-        states, momentum, lr = [self.state[p] for p in matrices], group["momentum"], group["lr"]
-        for p, state in zip(matrices, states, strict=True):
-            state.setdefault("momentum_buffer", torch.zeros_like(p))
-        grads, buffers = [p.grad for p in matrices if p.grad is not None], [s["momentum_buffer"] for s in states]
+    def _step(self, group: dict[str, Any], shape: torch.Size, matrices: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
+        momentum, lr = group["momentum"], group["lr"]
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        update = orthogonal(torch.stack(torch._foreach_lerp(grads, buffers, momentum)), group["ns_coefficients"], group["ns_steps"])
+        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
+        update = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
         torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
         torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
-def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float = 1e-7) -> Tensor:
+def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Newton-Schulz iteration (Jordan et al. 2024) on matrices [n, rows, columns], in bfloat16 as torch has it: singular values near 1."""
     a, b, c = coefficients
     x = stack.bfloat16()

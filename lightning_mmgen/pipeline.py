@@ -54,20 +54,24 @@ class MultimodalPipeline(DiffusionPipeline):
     that name none; a pipeline that was exported brings its own.
     """
 
-    sampler = Sampler()
-
-    def __init__(self, encoder: Encoder, adapter: Adapter, unet: UNet2DConditionModel, vae: AutoencoderKL, scheduler: Any) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        adapter: Adapter,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        scheduler: Any,
+        sampler: Sampler | None = None,
+    ) -> None:
         super().__init__()
         self.register_modules(encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler)
-        self.codec = Codec(vae)
+        self.codec, self.sampler = Codec(vae), sampler or Sampler()
 
     @classmethod
     def of(cls, module: MultimodalDiffusion) -> MultimodalPipeline:
         """The pipeline over a module's own parts: what the callbacks sample with during training."""
         scheduler = DDIMScheduler(**module.diffusion.scheduler_config())
-        pipeline = cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler)
-        pipeline.sampler = module.sampler
-        return pipeline
+        return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalPipeline:  # type: ignore[override]
@@ -92,9 +96,7 @@ class MultimodalPipeline(DiffusionPipeline):
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
         adapter, scheduler = Adapter.from_pretrained(root / "adapter"), DDIMScheduler.from_pretrained(root / "scheduler")
-        pipeline = cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler)
-        pipeline.sampler = Sampler(**index["sampler"])
-        return pipeline.frozen()
+        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, Sampler(**index["sampler"])).frozen()
 
     def frozen(self) -> MultimodalPipeline:
         """For inference alone: evaluation mode, no gradients, and every weight in memory of its own. PyTorch picks kernels by gradients
@@ -157,7 +159,7 @@ class MultimodalPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Tensor:
         """Pictures [b, 3, H, W] in [-1, 1] for an encoded condition; arguments as in :meth:`__call__`."""
-        steps = num_inference_steps or self.sampler.steps
+        steps = self.sampler.steps if num_inference_steps is None else num_inference_steps
         scale = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
         own, count = int(self.unet.config.sample_size) * self.codec.factor, len(condition.tokens)
         height, width = height or own, width or own

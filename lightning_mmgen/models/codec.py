@@ -60,7 +60,6 @@ class CodecConfig:
 
     def build(self, weights: bool = True) -> Codec:
         """Load the VAE in float32, or create it from its configuration on the default device."""
-        place = {"subfolder": self.subfolder} if self.subfolder else {}
         if weights:
-            return Codec(AutoencoderKL.from_pretrained(locate(self.pretrained), torch_dtype=torch.float32, **place))
-        return Codec(AutoencoderKL.from_config(AutoencoderKL.load_config(locate(self.pretrained), **place)))
+            return Codec(AutoencoderKL.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=torch.float32))
+        return Codec(AutoencoderKL.from_config(AutoencoderKL.load_config(locate(self.pretrained), subfolder=self.subfolder)))

@@ -29,19 +29,15 @@ class UNetConfig:
     dtype: str = "float32"
     from_scratch: bool = False
 
-    @property
-    def place(self) -> dict[str, str]:
-        """What ``from_pretrained`` and ``load_config`` take beside the name."""
-        return {"subfolder": self.subfolder} if self.subfolder else {}
-
     def read(self) -> dict[str, Any]:
         """The UNet's own configuration, without its weights."""
-        return dict(UNet2DConditionModel.load_config(locate(self.pretrained), **self.place))
+        return dict(UNet2DConditionModel.load_config(locate(self.pretrained), subfolder=self.subfolder))
 
     def build(self, weights: bool = True) -> UNet2DConditionModel:
         """Load the UNet, or (``weights=False``) create it from its configuration on the default device."""
         if weights and not self.from_scratch:
-            return UNet2DConditionModel.from_pretrained(locate(self.pretrained), torch_dtype=getattr(torch, self.dtype), **self.place)
+            kind = getattr(torch, self.dtype)
+            return UNet2DConditionModel.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=kind)
         unet = UNet2DConditionModel.from_config(self.read())
         return unet if self.dtype == "float32" else unet.to(getattr(torch, self.dtype))
 

@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from .render import DARK_TONE, RIM, SIDE, Array, light, second_tone, signed_distance, stylise
 from .tasks import Truth
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, SPOTS, STYLES, TEXTURES, TRAITS, Toy, trait_error
+from .world import BACKGROUNDS, COLOURS, NAMES, SHAPES, SIZES, SPOTS, STYLES, TEXTURES, TRAITS, Toy, trait_error
 
 VALUE, SATURATION = 0.95, 0.85  # of a toy's first tone
 SMALLEST = 40  # pixels; less is noise, not a toy
@@ -199,7 +199,7 @@ def score(picture: NDArray[np.uint8], truth: Truth) -> Score:
     if truth.style:
         conditions["style"] = reading.style == scene.style
     for k, (placed, seen) in enumerate(zip(scene.toys, matched, strict=True)):
-        for name in ("shape", "colour", "texture"):
+        for name in NAMES:
             conditions[f"{name} {k + 1}"] = seen is not None and getattr(seen.toy, name) == getattr(placed.toy, name)
         if truth.sizes:
             conditions[f"size {k + 1}"] = seen is not None and seen.size == placed.size
@@ -225,9 +225,7 @@ def _match(reading: Reading, truth: Truth) -> list[Seen | None]:
     seen: list[Seen | None] = [*reading.toys, *[None] * len(wanted)]
 
     def worth(pick: tuple[Seen | None, ...]) -> tuple[int, float]:
-        right = sum(
-            getattr(s.toy, n) == getattr(p.toy, n) for p, s in zip(wanted, pick, strict=True) if s for n in ("shape", "colour", "texture")
-        )
+        right = sum(getattr(s.toy, n) == getattr(p.toy, n) for p, s in zip(wanted, pick, strict=True) if s for n in NAMES)
         far = sum(np.hypot(s.x - p.x, s.y - p.y) for p, s in zip(wanted, pick, strict=True) if s)
         return sum(s is not None for s in pick) * 100 + right, -float(far)
 

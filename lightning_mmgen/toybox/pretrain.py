@@ -26,9 +26,10 @@ from ..models.weights import locate
 from ..prompt import Record
 from .render import draw, toy_rgb
 from .tasks import TASKS
-from .world import COLOURS, SHAPES, TEXTURES, TRAITS, Toy, random_scene
+from .world import NAMES, TRAITS, Toy, random_scene
 
 PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
+FACTS = [*map(len, NAMES.values()), len(TRAITS) + 3]  # numbers that tell a toy: scores of each name, then its measures
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -357,21 +358,13 @@ class VLMPretraining(RecordPretraining):
         """How badly one linear layer tells a toy from any one of its picture's tokens [toys, patches, d], with noise on it: the
         cross-entropy of its three names, and the squared errors of its measures (:func:`measures`)."""
         told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
-        names = (
-            [SHAPES.index(t.shape) for t in toys],
-            [list(COLOURS).index(t.colour) for t in toys],
-            [TEXTURES.index(t.texture) for t in toys],
-        )
         loss = tokens.new_zeros(())
-        for choices, name in zip(told, names, strict=False):
-            right = torch.tensor(name, device=tokens.device)[:, None].expand(choices.shape[:2])
-            loss = loss + F.cross_entropy(choices.movedim(-1, 1), right)
+        for (name, kinds), choices in zip(NAMES.items(), told[:-1], strict=True):
+            right = torch.tensor([kinds.index(getattr(t, name)) for t in toys], device=tokens.device)
+            loss = loss + F.cross_entropy(choices.movedim(-1, 1), right[:, None].expand(choices.shape[:2]))
         wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
         has = wanted.isfinite()
         return loss + FACTS[-1] * F.mse_loss(told[-1][has], wanted[has])
-
-
-FACTS = [len(SHAPES), len(COLOURS), len(TEXTURES), len(TRAITS) + 3]
 
 
 def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy]] | None:

@@ -24,6 +24,7 @@ BACKGROUNDS = {
     "yellow": (0.97, 0.92, 0.62),
     "pink": (0.98, 0.74, 0.86),
 }
+NAMES = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES}  # what a toy's words say, and what they may be
 STYLES = ("flat", "shaded", "spotlight", "pastel")
 PLACES = {"left of": ((17, 32), (47, 32)), "above": ((32, 17), (32, 47))}  # (x, y) of the first and the second toy
 SPOTS = {"in the centre": (32, 32), "on the left": (19, 32), "on the right": (45, 32), "at the top": (32, 19), "at the bottom": (32, 45)}
