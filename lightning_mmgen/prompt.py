@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from PIL.Image import Image
 
 VERSION = 1
+KINDS = ("", "person", "head")
+CONTROLS = ("edge", "depth", "sketch")
 ROLES = ("subject", "style", "content", "source", "depth", "edge", "mask", "sketch", "crop", "neighbour")
 MARKER = re.compile(r"\[ref#(\d+)\]")
 
@@ -36,13 +38,24 @@ class Reference:
 
 
 class Box(NamedTuple):
-    """Where the object of a phrase lies in the target: pixels, ``left < right`` and ``top < bottom``."""
+    """Where the object of a phrase lies in the target.
+
+    Attributes:
+        phrase: the words for it.
+        left, top, right, bottom: pixels of the upright target, ``left < right`` and ``top < bottom``.
+        kind: ``"person"``, a person's ``"head"`` (same phrase and start as the person's), or "" for anything else.
+        start: where the phrase begins in the caption, in characters; None for its first occurrence.
+        mask: the object's segmentation as a grey picture of the target's size, white where the object is.
+    """
 
     phrase: str
     left: float
     top: float
     right: float
     bottom: float
+    kind: str = ""
+    start: int | None = None
+    mask: Picture | None = None
 
 
 class Segment(NamedTuple):
@@ -102,7 +115,8 @@ class Record:
         source_caption: the source picture in plain words, for directional similarity.
         task: name of the task, for mixing and for tables.
         mask: edit mask of the target, white where it may change.
-        boxes: where phrases lie in the target.
+        boxes: where phrases of the caption (or else of the instruction) lie in the target.
+        controls: pictures of the target's layout that were made beforehand, by kind (``edge``, ``depth``, ``sketch``).
         session, turn: which multi-turn edit this row belongs to, and its place in it, from 0.
         question, answer: visual question answering.
         id: a name for tables and grids.
@@ -116,6 +130,7 @@ class Record:
     task: str = "instruct"
     mask: Picture | None = None
     boxes: tuple[Box, ...] = ()
+    controls: Mapping[str, Picture] = field(default_factory=dict)
     session: str | None = None
     turn: int | None = None
     question: str | None = None
@@ -139,6 +154,11 @@ class Record:
         text = self.instruction if self.question is None else f"{self.instruction} {self.question}".strip()
         return MultimodalPrompt(text, self.references)
 
+    def pictures(self) -> list[Picture]:
+        """Every picture that the record holds or names."""
+        held = (*(r.image for r in self.references), self.target, self.mask, *self.controls.values(), *(b.mask for b in self.boxes))
+        return [picture for picture in held if picture is not None]
+
     def to_json(self) -> dict[str, Any]:
         """Plain types, without empty fields; pictures must be paths.
 
@@ -146,8 +166,10 @@ class Record:
             RecordError: a picture is held in memory.
         """
         row = {k: v for k, v in asdict(self).items() if v not in (None, (), "", {}) and k != "extra"}
-        for picture in (self.target, self.mask, *(r.image for r in self.references)):
-            if picture is not None and not isinstance(picture, str):
+        if self.boxes:
+            row["boxes"] = [{k: v for k, v in box._asdict().items() if v not in (None, "") or k == "phrase"} for box in self.boxes]
+        for picture in self.pictures():
+            if not isinstance(picture, str):
                 raise RecordError("a picture in memory has no path: write it to a file first")
         return {"version": VERSION, **row}
 
@@ -168,7 +190,7 @@ def from_json(row: Mapping[str, Any]) -> Record:
         raise RecordError(f"version {version!r} is not {VERSION}")
     if unknown := sorted(set(values) - _FIELDS):
         raise RecordError(f"unknown key {unknown[0]!r}")
-    for key in _FIELDS - {"references", "boxes", "target", "mask", "turn"}:
+    for key in _FIELDS - {"references", "boxes", "controls", "target", "mask", "turn"}:
         if key in values and not isinstance(values[key], str):
             raise RecordError(f"{key} must be a string, not {type(values[key]).__name__}")
     if "turn" in values and (type(values["turn"]) is not int or values["turn"] < 0):
@@ -178,6 +200,7 @@ def from_json(row: Mapping[str, Any]) -> Record:
             values[key] = _picture(values[key], key)
     values["references"] = tuple(_reference(r, i) for i, r in enumerate(_list(values, "references")))
     values["boxes"] = tuple(_box(b, i) for i, b in enumerate(_list(values, "boxes")))
+    values["controls"] = _controls(values.get("controls", {}))
     return Record(**values)
 
 
@@ -211,13 +234,26 @@ def _reference(value: Any, index: int) -> Reference:
     return Reference(marker, _picture(value.get("image"), f"references[{index}].image"), phrase, role)
 
 
+def _controls(value: Any) -> dict[str, Picture]:
+    if not isinstance(value, Mapping):
+        raise RecordError("controls must be an object")
+    if unknown := sorted(set(value) - set(CONTROLS)):
+        raise RecordError(f"controls has an unknown key {unknown[0]!r}; there are {', '.join(CONTROLS)}")
+    return {kind: _picture(picture, f"controls.{kind}") for kind, picture in value.items() if picture is not None}
+
+
 def _box(value: Any, index: int) -> Box:
     try:
         box = Box(**value) if isinstance(value, Mapping) else Box(*value)
     except TypeError as error:
         raise RecordError(f"boxes[{index}] needs phrase, left, top, right, bottom") from error
-    if not isinstance(box.phrase, str) or any(type(edge) not in (int, float) for edge in box[1:]):
+    box = box._replace(kind=box.kind or "")
+    if not isinstance(box.phrase, str) or any(type(edge) not in (int, float) for edge in box[1:5]):
         raise RecordError(f"boxes[{index}] must be a string and four numbers")
     if not (box.left < box.right and box.top < box.bottom):
         raise RecordError(f"boxes[{index}] has no area")
-    return box
+    if box.kind not in KINDS:
+        raise RecordError(f"boxes[{index}].kind {box.kind!r} is not one of {', '.join(filter(None, KINDS))}")
+    if box.start is not None and (type(box.start) is not int or box.start < 0):
+        raise RecordError(f"boxes[{index}].start must be an integer, 0 or more")
+    return box if box.mask is None else box._replace(mask=_picture(box.mask, f"boxes[{index}].mask"))

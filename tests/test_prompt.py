@@ -20,7 +20,8 @@ ROW: dict[str, Any] = {
     "source_caption": "a sofa",
     "task": "subject",
     "mask": "mask.png",
-    "boxes": [("cat", 1, 2.5, 30, 40)],
+    "boxes": [("cat", 1, 2.5, 30, 40), {"phrase": "man", "left": 0, "top": 0, "right": 9, "bottom": 9, "kind": "head", "start": 3}],
+    "controls": {"depth": "depth.png", "edge": None},
     "session": "s1",
     "turn": 0,
     "id": "row-1",
@@ -30,7 +31,9 @@ ROW: dict[str, Any] = {
 def test_a_record_comes_back_from_json_unchanged() -> None:
     record = from_json(ROW)
     assert record.references[0] == Reference(1, "cat.png", "cat", "subject")
-    assert record.boxes == (Box("cat", 1, 2.5, 30, 40),)
+    assert record.boxes == (Box("cat", 1, 2.5, 30, 40), Box("man", 0, 0, 9, 9, "head", 3))
+    assert record.controls == {"depth": "depth.png"}
+    assert record.to_json()["boxes"][0] == {"phrase": "cat", "left": 1, "top": 2.5, "right": 30, "bottom": 40}
     assert record.turn == 0 and record.id == "row-1" and record.mask == "mask.png"
     assert from_json(json.loads(json.dumps(record.to_json()))) == record
 
@@ -83,6 +86,11 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"boxes": [{"phrase": "cat", "x": 1}]}, "boxes[0] needs phrase, left, top, right, bottom"),
     ({"boxes": [3]}, "boxes[0] needs phrase, left, top, right, bottom"),
     ({"boxes": [["cat", 5, 2, 5, 4]]}, "boxes[0] has no area"),
+    ({"boxes": [["cat", 1, 2, 5, 4, "cat"]]}, "boxes[0].kind 'cat' is not one of person, head"),
+    ({"boxes": [["cat", 1, 2, 5, 4, "", -1]]}, "boxes[0].start must be an integer, 0 or more"),
+    ({"boxes": [["cat", 1, 2, 5, 4, "", 0, 3]]}, "boxes[0].mask must be a path or the bytes of a picture"),
+    ({"controls": ["a.png"]}, "controls must be an object"),
+    ({"controls": {"pose": "a.png"}}, "controls has an unknown key 'pose'; there are edge, depth, sketch"),
     ({"boxes": [["cat", float("nan"), 2, 5, 4]]}, "boxes[0] has no area"),
     ({"boxes": [["cat", "1", "2", "3", "4"]]}, "boxes[0] must be a string and four numbers"),
     ({"boxes": ["abcde"]}, "boxes[0] must be a string and four numbers"),

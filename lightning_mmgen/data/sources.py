@@ -223,6 +223,10 @@ def write_jsonl(records: Iterable[Record], folder: str | Path) -> Path:
                 references=tuple(replace(r, image=save(r.image, f"{i:06d}_ref{r.marker}.png")) for r in record.references),
                 target=None if record.target is None else save(record.target, f"{i:06d}_target.png"),
                 mask=None if record.mask is None else save(record.mask, f"{i:06d}_mask.png"),
+                controls={kind: save(picture, f"{i:06d}_{kind}.png") for kind, picture in record.controls.items()},
+                boxes=tuple(
+                    b if b.mask is None else b._replace(mask=save(b.mask, f"{i:06d}_box{k}.png")) for k, b in enumerate(record.boxes)
+                ),
                 extra={},
             )
             file.write(json.dumps(written.to_json(), ensure_ascii=False) + "\n")

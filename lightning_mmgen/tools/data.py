@@ -52,15 +52,15 @@ def check(file: str) -> int:
 
 
 def picture_sizes(record: Record, root: Path | None) -> list[tuple[int, int]]:
-    """Open every picture of a record; their sizes (width, height) in pixels: references, target, mask.
+    """Open every picture of a record; the sizes (width, height) in pixels of references, target and mask.
 
     Raises:
-        RecordError: a picture cannot be used, the mask has not the target's size, or a box leaves the target.
+        RecordError: a picture cannot be used, a mask has not the target's size, or a box leaves the target.
     """
     sizes = [_size(r.image, f"[ref#{r.marker}]", root) for r in record.references]
     if record.target is None:
-        if record.mask is not None or record.boxes:
-            raise RecordError("a mask or a box needs a target")
+        if record.mask is not None or record.boxes or record.controls:
+            raise RecordError("a mask, a box or a control picture needs a target")
         return sizes
     width, height = target = _size(record.target, "target", root)
     sizes.append(target)
@@ -68,7 +68,11 @@ def picture_sizes(record: Record, root: Path | None) -> list[tuple[int, int]]:
         sizes.append(mask := _size(record.mask, "mask", root))
         if mask != target:
             raise RecordError(f"the mask has {mask[0]} x {mask[1]} pixels, the target {width} x {height}")
+    for kind, picture in record.controls.items():
+        _size(picture, kind, root)
     for box in record.boxes:
+        if box.mask is not None and (mask := _size(box.mask, f"mask of {box.phrase!r}", root)) != target:
+            raise RecordError(f"the mask of {box.phrase!r} has {mask[0]} x {mask[1]} pixels, the target {width} x {height}")
         if box.left < 0 or box.top < 0 or box.right > width or box.bottom > height:
             raise RecordError(f"the box of {box.phrase!r} leaves the target of {width} x {height} pixels")
     return sizes

@@ -54,7 +54,10 @@ def test_check_names_every_bad_row_and_goes_on(file: Path, capsys: pytest.Captur
         7: (json.dumps({**whole, "mask": "pictures/mask.png"}), "the mask has 64 x 64 pixels, the target 32 x 32"),
         8: (json.dumps({**whole, "boxes": [["cat", 0, 0, 33, 5]]}), "the box of 'cat' leaves the target of 32 x 32 pixels"),
         9: (json.dumps({**whole, "boxes": [["cat", -1, 0, 3, 5]]}), "the box of 'cat' leaves the target of 32 x 32 pixels"),
-        12: (json.dumps({"question": "what?", "answer": "a cat", "mask": "small.png"}), "a mask or a box needs a target"),
+        12: (
+            json.dumps({"question": "what?", "answer": "a cat", "mask": "small.png"}),
+            "a mask, a box or a control picture needs a target",
+        ),
     }
     PILImage.new("L", (64, 64)).save(file.parent / "pictures" / "mask.png")
     damage(file, {row: change for row, (change, _) in rows.items()})

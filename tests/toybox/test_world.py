@@ -165,7 +165,7 @@ def test_measures_are_the_traits_that_show_on_a_scale_of_ten() -> None:
 def test_boxes_enclose_their_toys() -> None:
     for scene in scenes(20):
         for box, placed, mask in zip(boxes(scene), scene.toys, draw(scene)[1], strict=True):
-            left, top, right, bottom = map(int, box[1:])
+            left, top, right, bottom = map(int, box[1:5])
             inside = mask[top:bottom, left:right]
             assert (mask > 0.5).sum() == (inside > 0.5).sum()
             assert abs((left + right) / 2 - placed.x) < 3 and abs((top + bottom) / 2 - placed.y) < 3
