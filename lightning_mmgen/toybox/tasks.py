@@ -123,9 +123,9 @@ def style_transfer(rng: np.random.Generator, held: bool) -> Record:
     return _record("style_transfer", text, scene, refs, Truth(scene, tuple((k, 2) for k in range(len(scene.toys))), False, True))
 
 
-def control_image(scene: Scene, kind: str) -> Image:
-    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture."""
-    pixels, masks = draw(scene)
+def control_image(scene: Scene, kind: str, drawn: tuple[Any, list[Any]] | None = None) -> Image:
+    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture; ``drawn`` is what :func:`draw` gave."""
+    pixels, masks = drawn or draw(scene)
     if kind == "mask":
         return _mask(np.maximum.reduce(masks))
     if kind == "depth":
