@@ -55,7 +55,7 @@ class Options:
         shard: ``i/n``.
 
     Raises:
-        ValueError: heads from keypoints without COCO's boxes, or a number or shard out of its range.
+        ValueError: heads from keypoints without COCO's boxes, captions beside those of the boxes, or a number or shard out of its range.
     """
 
     images: str
@@ -80,6 +80,8 @@ class Options:
         Shard.parse(self.shard)
         if self.heads == "keypoints" and (self.boxes is None or self.box_format != "coco"):
             raise ValueError("--heads keypoints needs --boxes of COCO")
+        if self.captions is not None and self.box_format in ("grit", "flickr30k"):
+            raise ValueError(f"--captions: boxes of {self.box_format} have captions of their own")
         if self.batch_size < 1 or self.workers < 0:
             raise ValueError(f"--batch-size {self.batch_size} must be 1 or more, --workers {self.workers} 0 or more")
         if self.min_area < 0 or self.min_head_area < 0 or not 0 < self.max_share <= 1:
@@ -253,10 +255,10 @@ class Extractor:
 
     def _ask(self, images: list[Image], phrases: list[list[str]]) -> list[list[Detection]]:
         """The detector, ``batch_size`` images at once."""
-        size = self.options.batch_size
-        return [
-            some for at in range(0, len(images), size) for some in self.detector.detect(images[at : at + size], phrases[at : at + size])
-        ]
+        size, out = self.options.batch_size, list[list[Detection]]()
+        for at in range(0, len(images), size):
+            out += self.detector.detect(images[at : at + size], phrases[at : at + size])
+        return out
 
 
 def usable(batch: Sequence[Scene], images: Sequence[Image | None], counts: dict[str, int]) -> list[Row]:

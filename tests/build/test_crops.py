@@ -302,6 +302,7 @@ def test_captions_may_lie_beside_the_pictures_or_in_a_coco_file(
         ([], "in: holds no captions"),
         (["--images", "nowhere"], "nowhere: no such folder"),
         (["--boxes", "in/none"], "in/none: no such file or folder"),
+        (["--boxes", "rows/good.jsonl", "--captions", "rows/good.jsonl"], "boxes of grit have captions of their own"),
         (["--boxes", "in"], "--format cannot be guessed"),
         (["--captions", "rows/good.jsonl", "--parser", "./none"], "./none: no such spaCy pipeline"),
     ],
