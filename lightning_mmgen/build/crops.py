@@ -48,7 +48,7 @@ class Options:
         min_area: least area of a box in square pixels (MUMU: 150 x 150).
         max_share: largest share of the picture that a box may take (MUMU: 75 %).
         heads: ``detector``, ``keypoints`` or ``none``; by default keypoints with COCO's boxes, else the detector.
-        min_head_area: least area of a head in square pixels.
+        min_head_area: least area of a head in square pixels (the paper has none; a smaller one is a blur at any token budget).
         batch_size: pictures a batch.
         workers: processes that read pictures.
         device: where the detector runs.
@@ -70,7 +70,7 @@ class Options:
     min_area: float = 22500
     max_share: float = 0.75
     heads: str | None = None
-    min_head_area: float = 0
+    min_head_area: float = 1024
     batch_size: int = 8
     workers: int = 0
     device: str = "cpu"

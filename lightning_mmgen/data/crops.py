@@ -78,7 +78,7 @@ class CropRecipe(Recipe):
         """Raises: RecordError: the target cannot be read, or has no control picture of any of the kinds."""
         if record.references or record.target is None:
             return record
-        target = open_picture(record.target, root)
+        target, record = self.square(open_picture(record.target, root), record, root)
         text, references = record.instruction, []
         for at, box in reversed(self.choose(record, rng)):  # from the end, so that places before stay
             text = f"{text[:at]}[ref#@] {text[at:]}"
@@ -89,13 +89,30 @@ class CropRecipe(Recipe):
         references.reverse()
         if rng.random() < self.cropping.control_share:
             kind, picture = self.control(record, target, root, rng)
-            text = self.cropping.control_text.format(instruction=text, marker="[ref#@]", kind=kind)
+            text = self.cropping.control_text.format(instruction=text.rstrip(" ."), marker="[ref#@]", kind=kind)
             references.append(Reference(0, picture, kind, kind))
         for k in range(len(references)):
             text = text.replace("[ref#@]", f"[ref#{k + 1}]", 1)
         return replace(
             record, instruction=text, references=tuple(replace(r, marker=k + 1) for k, r in enumerate(references)), target=target
         )
+
+    def square(self, target: Image, record: Record, root: Path | None) -> tuple[Image, Record]:
+        """The square of the target that is to be drawn, in the middle of its boxes as far as the picture goes, and the record with boxes,
+        their masks and control pictures of that square. A box of which less than half is left has no place in the prompt any more.
+
+        Raises:
+            RecordError: a box lies outside the target.
+        """
+        for box in record.boxes:
+            if not _share_inside(box, (0, 0, *target.size)):
+                raise RecordError(f"the box of {box.phrase!r} lies outside the target of {target.width} x {target.height} pixels")
+        left, top, right, bottom = window = _window(target.size, record.boxes)
+        if (right - left, bottom - top) == target.size:
+            return target, record
+        boxes = tuple(_shifted(b, window, root) for b in record.boxes if _share_inside(b, window) >= 0.5)
+        controls = {kind: _cut_like(open_picture(p, root), target.size, window) for kind, p in record.controls.items()}
+        return target.crop(window), replace(record, boxes=boxes, controls=controls)
 
     def choose(self, record: Record, rng: np.random.Generator) -> list[tuple[int, Box]]:
         """The boxes to cut and where their words begin in the instruction, from left to right: one box a phrase, at most
@@ -121,8 +138,6 @@ class CropRecipe(Recipe):
         """A box of the target, its edges rounded outwards and kept inside; black around the object where its mask is used."""
         edges = int(box.left), int(box.top), int(np.ceil(box.right)), int(np.ceil(box.bottom))
         left, top, right, bottom = (min(max(e, 0), limit) for e, limit in zip(edges, target.size * 2, strict=True))
-        if left >= right or top >= bottom:
-            raise RecordError(f"the box of {box.phrase!r} lies outside the target of {target.width} x {target.height} pixels")
         if self.cropping.segmented and box.mask is not None:
             mask = open_picture(box.mask, root).convert("L")
             target = PILImage.composite(target, PILImage.new("RGB", target.size), mask)
@@ -145,6 +160,38 @@ def place_of(box: Box, record: Record) -> int | None:
     before = 0 if box.start is None else len(words.findall((record.caption or record.instruction)[: box.start]))
     found = [m.start() for m in words.finditer(record.instruction)] if box.phrase else []
     return found[before] if before < len(found) else None
+
+
+Window = tuple[int, int, int, int]
+
+
+def _window(size: tuple[int, int], boxes: tuple[Box, ...]) -> Window:
+    """Left, top, right and bottom of the largest square of a picture, as near to the middle of its boxes as it can be."""
+    side, corner = min(size), []
+    for axis, length in enumerate(size):
+        low = min((b[1 + axis] for b in boxes), default=0.0)
+        high = max((b[3 + axis] for b in boxes), default=float(length))
+        corner.append(min(max(round((low + high - side) / 2), 0), length - side))
+    return corner[0], corner[1], corner[0] + side, corner[1] + side
+
+
+def _share_inside(box: Box, window: Window) -> float:
+    """How much of the box's area lies in the window."""
+    width, height = min(box.right, window[2]) - max(box.left, window[0]), min(box.bottom, window[3]) - max(box.top, window[1])
+    return max(width, 0) * max(height, 0) / ((box.right - box.left) * (box.bottom - box.top))
+
+
+def _shifted(box: Box, window: Window, root: Path | None) -> Box:
+    """The box in pixels of the window, with its mask."""
+    left, top, *_ = window
+    mask = None if box.mask is None else open_picture(box.mask, root).crop(window)
+    return box._replace(left=box.left - left, top=box.top - top, right=box.right - left, bottom=box.bottom - top, mask=mask)
+
+
+def _cut_like(picture: Image, size: tuple[int, int], window: Window) -> Image:
+    """The window of a picture that shows a target of this size, at a resolution of its own."""
+    x, y = picture.width / size[0], picture.height / size[1]
+    return picture.crop((round(window[0] * x), round(window[1] * y), round(window[2] * x), round(window[3] * y)))
 
 
 def _inside(head: Box, person: Box) -> bool:

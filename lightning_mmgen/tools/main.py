@@ -70,7 +70,7 @@ def _crops(crops: argparse.ArgumentParser) -> None:
     crops.add_argument("--min-area", type=float, default=22500, help="least area of a box in square pixels")
     crops.add_argument("--max-share", type=float, default=0.75, help="largest share of the picture that a box may take")
     crops.add_argument("--heads", choices=["detector", "keypoints", "none"], help="keypoints with COCO's boxes, else detector, by default")
-    crops.add_argument("--min-head-area", type=float, default=0, help="least area of a head in square pixels")
+    crops.add_argument("--min-head-area", type=float, default=1024, help="least area of a head in square pixels")
     crops.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
     crops.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     crops.add_argument("--device", default="cpu", help="where the detector runs")

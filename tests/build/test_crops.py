@@ -17,7 +17,7 @@ from lightning_mmgen.data.sources import JSONLSource
 from lightning_mmgen.prompt import Box, Record
 from lightning_mmgen.tools.main import main
 
-LIMITS = ["--min-area", "4", "--max-share", "1"]
+LIMITS = ["--min-area", "4", "--max-share", "1", "--min-head-area", "0"]
 DROPPED = ("a singular", "an unclear word", "boxes without words", "another shape", "without area", "outside", "too small", "too large")
 
 

@@ -24,9 +24,9 @@ PLAIN = Cropping(head_share=0, augmented_share=0, control_share=0)
 
 
 def scene() -> Image:
-    """A picture of 40 x 30 px in which every pixel is its own colour."""
-    y, x = np.mgrid[0:30, 0:40]
-    return PILImage.fromarray(np.stack([x * 6, y * 8, (x + y) * 3], -1).astype(np.uint8))
+    """A picture of 40 x 40 px in which every pixel is its own colour."""
+    y, x = np.mgrid[0:40, 0:40]
+    return PILImage.fromarray(np.stack([x * 6, y * 6, (x + y) * 3], -1).astype(np.uint8))
 
 
 def record(**changes: Any) -> Record:
@@ -67,7 +67,7 @@ def test_each_crop_stands_before_its_word() -> None:
 def test_a_control_picture_comes_last_in_the_prompt_and_is_whole() -> None:
     out = composed(replace(PLAIN, crops_per_prompt=1, people_first=True, control_share=1, controls=("edge",)))[0]
     assert out.instruction.count("[ref#1]") == 1 and out.instruction.endswith(", in the layout of the [ref#2] edge")
-    assert out.references[1].role == "edge" and isinstance(out.references[1].image, Image) and out.references[1].image.size == (40, 30)
+    assert out.references[1].role == "edge" and isinstance(out.references[1].image, Image) and out.references[1].image.size == (40, 40)
 
 
 def test_a_phrase_that_occurs_twice_is_found_where_its_box_says() -> None:
@@ -91,6 +91,23 @@ def test_one_box_a_phrase_and_at_most_so_many_crops() -> None:
 def test_records_with_references_and_questions_stay() -> None:
     for one in (ToyboxSource({"subject": 1.0}).record(0), ToyboxSource({"question": 1.0}).record(0)):
         assert recipe(replace(PLAIN, control_share=1, controls=("edge",))).compose(one, None, np.random.default_rng(0)) is one
+
+
+def test_the_square_that_is_drawn_is_where_the_boxes_are() -> None:
+    wide = PILImage.new("RGB", (100, 40))
+    wide.paste(scene(), (55, 0))
+    boxes = (Box("dog", 60, 10, 80, 30), Box("cat", 85, 5, 95, 20), Box("sofa", 0, 0, 60, 40, mask=PILImage.new("L", (100, 40), 255)))
+    text, controls = "a dog, a cat and a sofa.", {"depth": wide.resize((50, 20))}
+    one = Record(text, target=wide, caption=text, boxes=boxes[:2], controls=controls)
+    out = composed(replace(PLAIN, control_share=1, controls=("depth",)), one)[0]
+    assert isinstance(out.target, Image) and np.array_equal(np.asarray(out.target), np.asarray(wide)[:, 58:98])  # (60 + 95 - 40) / 2
+    assert out.instruction == "a [ref#1] dog, a [ref#2] cat and a sofa, in the layout of the [ref#3] depth"
+    assert isinstance(out.references[0].image, Image) and isinstance(out.references[2].image, Image)
+    assert np.array_equal(np.asarray(out.references[0].image), np.asarray(wide)[10:30, 60:80])
+    assert out.references[2].image.size == (20, 20)
+    all_three = composed(PLAIN, replace(one, boxes=boxes))[0]
+    assert [r.phrase for r in all_three.references] == ["sofa"]  # from 28 to 68: half of the sofa, less than half of the dog, no cat
+    assert all_three.boxes[0].left == -28 and isinstance(all_three.boxes[0].mask, Image) and all_three.boxes[0].mask.size == (40, 40)
 
 
 def test_the_same_seed_gives_the_same_prompt() -> None:
@@ -140,9 +157,9 @@ def test_each_augmentation_has_an_even_chance() -> None:
     picture, seen = scene(), Counter[str]()
     for i in range(DRAWS):
         out = np.asarray(augment(picture, np.random.default_rng(i), noise=1e-6)).astype(int)
-        seen["crop"] += out.shape != (30, 40, 3)
+        seen["crop"] += out.shape != (40, 40, 3)
         seen["grey"] += bool((out == out[..., :1]).all())
-        if out.shape == (30, 40, 3) and not (out == out[..., :1]).all():
+        if out.shape == (40, 40, 3) and not (out == out[..., :1]).all():
             seen["kept"] += 1
             seen["flip"] += bool(out[0, 0, 0] > out[0, -1, 0])
     # of 16 equally likely choices, the empty one goes to one of the four: 1/2 + 1/64 each
@@ -203,7 +220,7 @@ def test_the_embedded_world_gives_crops_and_controls() -> None:
 
 
 BAD: dict[str, tuple[Record, str]] = {
-    "box outside": (record(boxes=(Box("dog", 50, 50, 60, 60),)), "the box of 'dog' lies outside the target of 40 x 30 pixels"),
+    "box outside": (record(boxes=(Box("dog", 50, 50, 60, 60),)), "the box of 'dog' lies outside the target of 40 x 40 pixels"),
     "no depth": (record(), "no control picture of the kinds depth, and nothing here that makes one"),
 }
 
@@ -218,7 +235,7 @@ def test_bad_rows_say_why(name: str, tmp_path: Path) -> None:
 
 def test_a_box_at_the_edge_is_cut_there_and_a_word_that_is_not_said_has_no_crop() -> None:
     out = composed(PLAIN, record(boxes=(Box("dog", -5, 20.5, 14.2, 40), Box("cat", 0, 0, 9, 9))))[0]
-    assert len(out.references) == 1 and isinstance(out.references[0].image, Image) and out.references[0].image.size == (15, 10)
+    assert len(out.references) == 1 and isinstance(out.references[0].image, Image) and out.references[0].image.size == (15, 20)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +252,7 @@ def test_wrong_settings_are_refused(setting: dict[str, Any], message: str) -> No
 
 
 def test_a_segmented_object_stands_on_black() -> None:
-    mask = PILImage.new("L", (40, 30))
+    mask = PILImage.new("L", (40, 40))
     mask.paste(255, (16, 17, 22, 27))
     one = record(boxes=(Box("dog", 14, 15, 24, 29, mask=mask),))
     cut, whole = (np.asarray(composed(replace(PLAIN, segmented=s), one)[0].references[0].image) for s in (True, False))
@@ -271,10 +288,10 @@ def test_depth_is_the_models_own_on_the_pictures_size(tmp_path: Path) -> None:
     processor = DPTImageProcessor(size={"height": 32, "width": 32})
     processor.save_pretrained(tmp_path)
     drawn = Depth(str(tmp_path))(scene())
-    assert drawn.size == (40, 30)
+    assert drawn.size == (40, 40)
     with torch.no_grad():
         out = model(**processor(scene(), return_tensors="pt")).predicted_depth
-    depth = torch.nn.functional.interpolate(out[None], (30, 40), mode="bicubic", align_corners=False)[0, 0].numpy()
+    depth = torch.nn.functional.interpolate(out[None], (40, 40), mode="bicubic", align_corners=False)[0, 0].numpy()
     wanted = (depth - depth.min()) / np.ptp(depth) * 255
     assert np.abs(np.asarray(drawn)[..., 0] - wanted).max() <= 1
 
