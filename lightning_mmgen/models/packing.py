@@ -91,8 +91,8 @@ def language_mask(attention_mask: Tensor | None = None, **settings: Any) -> Tens
 
 
 def use_by_sample(language: Any) -> None:
-    """Let a language model of ``transformers`` that uses ``sdpa`` take ``lengths``. Other implementations tell samples apart by positions
-    that start again at 0: flash attention skips what lies between them, eager attention masks it."""
+    """Let a language model of ``transformers`` that uses ``sdpa`` take ``lengths``, which alone tell samples apart in it. Other ones
+    go by positions that start again at 0: flash attention skips what lies between samples, eager attention masks it."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(BY_SAMPLE, language_attention)
