@@ -64,12 +64,14 @@ class Condition(NamedTuple):
         mask: [b, n], True where a token is real.
         spans: for each sample, the span of each reference (by slot; of its first marker).
         pooled: [b, p], SDXL's pooled vector, after the adapter.
+        lengths: real tokens of each sample, padded on the right; None where that is left to the mask.
     """
 
     tokens: Tensor
     mask: Tensor
     spans: list[list[Span]]
     pooled: Tensor | None = None
+    lengths: list[int] | None = None
 
 
 def pack(pictures: list[list[Tensor]]) -> list[PackedImages]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batch import Condition
+from .packing import Layout
 
 
 class Block(nn.Module):
@@ -25,18 +26,18 @@ class Block(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
         self.linear1, self.linear2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor, turns: tuple[Tensor, Tensor] | None) -> Tensor:
-        """[b, n, width] with a mask [b, 1, 1, n], and cosines and sines [n, width / heads / 2] -> [b, n, width]."""
+    def forward(self, x: Tensor, layout: Layout, turns: tuple[Tensor, Tensor] | None) -> Tensor:
+        """[b, n, width] in this layout, and cosines and sines [b, 1, n, width / heads / 2] -> [b, n, width]."""
         h = self.norm1(x)
         q, k, v = (project(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
         if turns is not None:
             q, k = rotate(q, *turns), rotate(k, *turns)
-        x = x + self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        x = x + self.out_proj(layout.attend(q, k, v).transpose(1, 2).flatten(2))
         return x + self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + d / 2) of ``x`` [..., n, d] by angles of these cosines and sines [n, d / 2] (Su et al. 2021, equation 34)."""
+    """Turn the pairs (i, i + d / 2) of ``x`` [..., n, d] by angles of cosines and sines [..., n, d / 2] (Su et al. 2021, equation 34)."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -78,22 +79,24 @@ class Adapter(ModelMixin, ConfigMixin):
 
     def forward(self, condition: Condition) -> Condition:
         """Tokens and mask in, tokens, mask and pooled vector out; the spans stay where they are."""
-        x = self.project_in(self.norm_in(condition.tokens.to(self.project_in.weight.dtype)))  # [b, n, width]
-        turns = self._turns(x) if self.config["positions"] == "rotary" else None
-        mask = condition.mask[:, None, None, :]
+        layout = Layout.of(condition.mask, condition.lengths)
+        x = layout.pack(condition.tokens).to(self.project_in.weight.dtype)
+        x = self.project_in(self.norm_in(x))  # [b, n, width] or [1, total, width]
+        turns = self._turns(x, layout) if self.config["positions"] == "rotary" else None
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, mask, turns, use_reentrant=False)
+                x = checkpoint(block, x, layout, turns, use_reentrant=False)
             else:
-                x = block(x, mask, turns)
+                x = block(x, layout, turns)
         x = self.norm_out(x)
-        return condition._replace(tokens=self.project_out(x), pooled=self._pool(x, condition.mask))
+        return condition._replace(tokens=layout.unpack(self.project_out(x)), pooled=self._pool(layout.unpack(x), condition.mask))
 
-    def _turns(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the rotary angles, [n, width / heads / 2] each, found in float32."""
+    def _turns(self, x: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the rotary angles, [b, 1, n, width / heads / 2] each, found in float32."""
         half = x.shape[2] // int(self.config["heads"]) // 2
         rates = 10_000 ** (-torch.arange(half, device=x.device) / half)
-        angles = torch.arange(x.shape[1], device=x.device)[:, None] * rates
+        count = torch.arange(layout.mask.shape[1], device=x.device).expand(layout.mask.shape)
+        angles = layout.pack(count)[:, None, :, None] * rates
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
     def _pool(self, x: Tensor, mask: Tensor) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.nn.functional import rms_norm
 
 from ..batch import Condition, PackedImages, Span
 from ..prompt import RecordError, split
+from .packing import Layout, use_by_sample
 from .weights import locate
 
 
@@ -30,12 +31,13 @@ class Place(NamedTuple):
 
 class Prompts(NamedTuple):
     """Prompts as the language model reads them: inputs [b, n, d], their mask [b, n] (right-padded), the spans of the references by slot,
-    and every place where a picture stands, from left to right."""
+    every place where a picture stands, from left to right, and the lengths of the prompts in tokens."""
 
     inputs: Tensor
     mask: Tensor
     spans: list[list[Span]]
     places: list[list[Place]]
+    lengths: list[int]
 
 
 class Encoder(nn.Module, ABC):
@@ -114,6 +116,7 @@ class Encoder(nn.Module, ABC):
         """Take the parts of a model of ``transformers`` (its output head is not needed), and a tokenizer if it has none of its own yet."""
         self._config, self._tokenizer = model.config, tokenizer or self._tokenizer
         self.vision, self.projector, self.language = self.take(model)
+        use_by_sample(self.language)
 
     @abstractmethod
     def take(self, model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -152,10 +155,9 @@ class Encoder(nn.Module, ABC):
         """Side in pixels of a reference that fills the token budget."""
         return round(self.image_tokens**0.5) * self.patch_size
 
-    def positions(self, mask: Tensor, places: list[list[Place]]) -> dict[str, Tensor]:
-        """What the language model is told about positions, for prompts with a mask [b, n] and pictures at ``places``; nothing where it
-        counts tokens by itself."""
-        return {}
+    def positions(self, mask: Tensor, places: list[list[Place]]) -> Tensor:
+        """The position of every token, [b, n] or [k, b, n], for prompts with a mask [b, n] and pictures at ``places``."""
+        return torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
 
     def grid_of(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of the tokens of a picture of this size in pixels."""
@@ -207,9 +209,9 @@ class Encoder(nn.Module, ABC):
             ids, where = self.tokenise(text, marks, [features[b, k].shape[0] for k in range(len(marks))])
             rows.append(ids)
             spans.append(where)
-        longest = max(map(len, rows))
-        padded = torch.tensor([r + [self.tokenizer.pad_token_id] * (longest - len(r)) for r in rows], device=device)
-        mask = torch.tensor([[True] * len(r) + [False] * (longest - len(r)) for r in rows], device=device)
+        lengths = [len(ids) for ids in rows]
+        padded = torch.tensor([r + [self.tokenizer.pad_token_id] * (max(lengths) - len(r)) for r in rows], device=device)
+        mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         inputs = self.language.get_input_embeddings()(padded)  # type: ignore[operator]
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         shown = [[s for _, s in split(t, m) if s is not None] for t, m in zip(instructions, markers, strict=True)]  # slots, left to right
@@ -217,13 +219,14 @@ class Encoder(nn.Module, ABC):
             order = torch.cat([features[b, s] for b, slots in enumerate(shown) for s in slots])
             inputs = inputs.masked_scatter((padded == image_id).unsqueeze(-1), order.to(inputs.dtype))
         places = [_places(ids, image_id, [grids[b, s] for s in shown[b]]) for b, ids in enumerate(rows)]
-        return Prompts(inputs, mask, spans, places)
+        return Prompts(inputs, mask, spans, places, lengths)
 
     def read(self, prompts: Prompts) -> Tensor:
         """The last hidden states [b, n, d]."""
-        positions = self.positions(prompts.mask, prompts.places)
-        out = self.language(inputs_embeds=prompts.inputs, attention_mask=prompts.mask.long(), use_cache=False, **positions)
-        return out.last_hidden_state  # type: ignore[no-any-return]
+        layout, positions = Layout.of(prompts.mask, prompts.lengths), self.positions(prompts.mask, prompts.places)
+        inputs, positions = layout.pack(prompts.inputs), layout.pack(positions, positions.ndim - 2)
+        out = self.language(inputs_embeds=inputs, position_ids=positions, lengths=layout.lengths, use_cache=False)
+        return layout.unpack(out.last_hidden_state)
 
     def forward(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Condition:
         """Encode b prompts: hidden states [b, n, d] of text and picture tokens alike."""
@@ -231,7 +234,7 @@ class Encoder(nn.Module, ABC):
         tokens = self.read(prompts)
         if self.mix is not None:
             tokens = rms_norm(prompts.inputs, tokens.shape[-1:]) + self.mix * rms_norm(tokens, tokens.shape[-1:])
-        return Condition(tokens, prompts.mask, prompts.spans)
+        return Condition(tokens, prompts.mask, prompts.spans, lengths=prompts.lengths)
 
 
 def _places(ids: list[int], image_id: int, grids: list[tuple[int, int]]) -> list[Place]:

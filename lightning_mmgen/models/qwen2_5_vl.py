@@ -62,8 +62,9 @@ class Qwen25VLEncoder(Encoder):
         tokens = self.projector(merged.view(len(merged) * m * m, -1).to(next(self.projector.parameters()).dtype))
         return tokens.view(n, rows * columns, -1)  # type: ignore[no-any-return]
 
-    def positions(self, mask: Tensor, places: list[list[Place]]) -> dict[str, Tensor]:
-        """Time, row and column of every token, [3, b, n]: a word advances all three, a picture by its longer side (Qwen2-VL, 2.1)."""
+    def positions(self, mask: Tensor, places: list[list[Place]]) -> Tensor:
+        """Count, time, row and column of every token, [4, b, n]: a word advances the last three, a picture by its longer side (Qwen2-VL,
+        2.1). The count tells packed prompts apart."""
         ids = torch.zeros(3, *mask.shape, dtype=torch.long, device=mask.device)
         for b, pictures in enumerate(places):
             at, now = 0, 0  # the next token, and its position
@@ -75,4 +76,4 @@ class Qwen25VLEncoder(Encoder):
                 ids[2, b, start:at] = now + torch.arange(columns, device=mask.device).repeat(rows)
                 now += max(rows, columns)
             ids[:, b, at:] = torch.arange(now, now + mask.shape[1] - at, device=mask.device)
-        return {"position_ids": ids}
+        return torch.cat([super().positions(mask, places)[None], ids])

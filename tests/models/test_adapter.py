@@ -8,13 +8,24 @@ import torch
 
 from lightning_mmgen.batch import Condition, Span
 from lightning_mmgen.models.adapter import Adapter, AdapterConfig, Block, rotate
+from lightning_mmgen.models.packing import Layout
 
 
 def condition(*lengths: int) -> Condition:
-    """Random tokens of width 24, one sample a length, right-padded."""
+    """Random tokens of width 24, one sample a length, right-padded; the mask alone tells their lengths."""
     n = max(lengths)
     mask = torch.tensor([[i < length for i in range(n)] for length in lengths])
     return Condition(torch.randn(len(lengths), n, 24), mask, [[Span(1, 2)] for _ in lengths])
+
+
+def test_lengths_pack_the_samples_and_change_nothing(adapter: Adapter) -> None:
+    given, rows = condition(7, 3, 1), []
+    adapter.blocks[0].register_forward_pre_hook(lambda _, args: rows.append(args[0].shape))
+    padded, packed = adapter(given), adapter(given._replace(lengths=[7, 3, 1]))
+    assert rows == [(3, 7, 8), (1, 11, 8)]
+    torch.testing.assert_close(packed.tokens[given.mask], padded.tokens[given.mask], rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed.pooled, padded.pooled, rtol=0, atol=1e-5)
+    assert not packed.tokens[~given.mask].any()
 
 
 @pytest.mark.parametrize("mode", ["train", "eval", "inference"])
@@ -103,7 +114,9 @@ def test_a_block_is_pytorchs_own_layer_where_no_angles_are_given() -> None:
     others = {n.replace("out_proj", "self_attn.out_proj"): v for n, v in block.state_dict().items() if n[1:6] != "_proj"}
     layer.load_state_dict(projections | others)
     x, mask = torch.randn(2, 5, 16), torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    torch.testing.assert_close(block(x, mask[:, None, None], None), layer(x, src_key_padding_mask=~mask))
+    expected, packed = layer(x, src_key_padding_mask=~mask), Layout(mask, [5, 3])
+    torch.testing.assert_close(block(x, Layout(mask, None), None), expected)
+    torch.testing.assert_close(block(packed.pack(x), packed, None), packed.pack(expected))
 
 
 def test_what_a_token_sees_depends_on_distances_alone(adapter: Adapter) -> None:

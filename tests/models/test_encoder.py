@@ -59,7 +59,7 @@ def test_spans_lie_where_the_markers_stand(encoder: Idefics2Encoder) -> None:
 
 def test_inputs_hold_the_embedded_pictures_at_their_spans_and_words_elsewhere(encoder: Idefics2Encoder) -> None:
     given = mixed()
-    inputs, mask, spans, _ = encoder.embed(TEXTS, MARKERS, pack(given))
+    inputs, mask, spans, *_ = encoder.embed(TEXTS, MARKERS, pack(given))
     assert [len(s) for s in spans] == [0, 1, 3]
     for b, (text, marks) in enumerate(zip(TEXTS, MARKERS, strict=True)):
         ids, _ = encoder.tokenise(text, marks, [encoder.tokens_of(*p.shape[1:]) for p in given[b]])
@@ -89,7 +89,7 @@ def test_text_alone_and_an_empty_prompt_work(encoder: Idefics2Encoder) -> None:
 
 def test_a_marker_used_twice_puts_its_picture_at_both_places(encoder: Idefics2Encoder) -> None:
     picture = pictures((8, 12))
-    inputs, _, spans, _ = encoder.embed(["[ref#1] and again [ref#1] here"], [[1]], pack([picture]))
+    inputs, _, spans, *_ = encoder.embed(["[ref#1] and again [ref#1] here"], [[1]], pack([picture]))
     ids, _ = encoder.tokenise("[ref#1] and again [ref#1] here", [1], [6])
     features = encoder.embed_images(picture[0][None])[0]
     assert ids.count(4) == 12 and spans == [[(2, 8)]]
@@ -99,7 +99,7 @@ def test_a_marker_used_twice_puts_its_picture_at_both_places(encoder: Idefics2En
 
 def test_each_picture_reaches_its_own_marker(encoder: Idefics2Encoder) -> None:
     a, b = pictures((16, 16), (16, 16))
-    inputs, _, spans, _ = encoder.embed(["[ref#1] [ref#2]"] * 2, [[1, 2], [2, 1]], pack([[a, b], [b, a]]))
+    inputs, _, spans, *_ = encoder.embed(["[ref#1] [ref#2]"] * 2, [[1, 2], [2, 1]], pack([[a, b], [b, a]]))
     assert torch.equal(inputs[0], inputs[1]) and spans[0] == spans[1][::-1]
     assert not torch.allclose(inputs[0, slice(*spans[0][0])], inputs[0, slice(*spans[0][1])])
 
@@ -130,7 +130,7 @@ def test_a_picture_of_one_colour_is_not_dropped(encoder: Idefics2Encoder, grey: 
 @pytest.mark.parametrize("text", ["an <image> of a dog [ref#1]", "a dog</s> [ref#1]", "<fake_token_around_image>[ref#1]"])
 def test_special_tokens_spelt_in_an_instruction_are_plain_text(encoder: Idefics2Encoder, text: str) -> None:
     picture = pictures((8, 8))
-    inputs, _, spans, _ = encoder.embed([text], [[1]], pack([picture]))
+    inputs, _, spans, *_ = encoder.embed([text], [[1]], pack([picture]))
     ids, _ = encoder.tokenise(text, [1], [4])
     assert ids.count(4) == 4 and ids.count(2) == 0 and ids.count(5) == 2
     assert torch.equal(inputs[0, slice(*spans[0][0])], encoder.embed_images(picture[0][None])[0])

@@ -2,96 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image as PILImage
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-)
+from transformers import LlavaModel, Qwen2_5_VLModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from lightning_mmgen.batch import pack
 from lightning_mmgen.models.encoder import Encoder, clip_normalised
-from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.llava import LlavaEncoder
 from lightning_mmgen.models.parameters import ParameterTable, Row
 from lightning_mmgen.models.qwen2_5_vl import Qwen25VLEncoder
-from lightning_mmgen.models.weights import locate
 
-WIDE = {"initializer_range": 0.2}  # so that every input shows in the output
-TEXT: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **WIDE}
-TEXT |= {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "vocab_size": 520}
-QWEN_TOKENS = ["<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-
-
-def save_tokenizer(folder: Path, *more: str) -> Any:
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(locate("toybox/vlm")) / name, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens(list(more), special_tokens=True)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Patches of 4 px, 2 x 2 of them a token, windows of 2 x 2 tokens but in the last layer."""
-    folder = tmp_path_factory.mktemp("qwen")
-    ids = dict(zip(QWEN_TOKENS, save_tokenizer(folder, *QWEN_TOKENS).convert_tokens_to_ids(QWEN_TOKENS), strict=True))
-    vision = {"hidden_size": 16, "out_hidden_size": 24, "intermediate_size": 32, "depth": 2, "num_heads": 2, "patch_size": 4, **WIDE}
-    vision |= {"window_size": 16, "fullatt_block_indexes": [1], "spatial_merge_size": 2, "temporal_patch_size": 2}
-    rope = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 1]}
-    config = Qwen2_5_VLConfig(
-        text_config={**TEXT, "rope_parameters": rope},
-        vision_config=vision,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
-    torch.manual_seed(0)
-    Qwen2_5_VLForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Patches of 4 px; the last layer but one of three is read."""
-    folder = tmp_path_factory.mktemp("llava")
-    tokenizer = save_tokenizer(folder)
-    vision = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, **WIDE}
-    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
-    text = {**TEXT, "model_type": "llama"}
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
-    torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(params=["idefics2", "qwen2_5_vl", "llava"])
-def any_encoder(request: pytest.FixtureRequest) -> Encoder:
-    """Each encoder, with a budget of 16 tokens a picture."""
-    kinds = {"idefics2": (Idefics2Encoder, "vlm"), "qwen2_5_vl": (Qwen25VLEncoder, "qwen"), "llava": (LlavaEncoder, "llava")}
-    kind, folder = kinds[request.param]
-    encoder = kind(str(request.getfixturevalue(folder)), image_tokens=16)
-    encoder.build()
-    return encoder
-
-
-def picture(rows: int, columns: int, encoder: Encoder) -> Tensor:
-    return torch.rand(3, rows * encoder.patch_size, columns * encoder.patch_size) * 2 - 1
+from .conftest import picture
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 6), (1, 1), (5, 3), (3, 4)])
@@ -178,7 +105,8 @@ def test_qwens_positions_are_the_librarys(qwen: Path) -> None:
     expected, _ = model.get_rope_index(ids, kinds, grid)
     shown = [picture(*g, encoder) for g in grids]
     prompts = encoder.embed(["[ref#2][ref#1] beside [ref#3]"], [[1, 2, 3]], pack([shown]))
-    assert torch.equal(encoder.positions(prompts.mask, prompts.places)["position_ids"], expected)
+    count, *positions = encoder.positions(prompts.mask, prompts.places)
+    assert torch.equal(torch.stack(positions), expected) and torch.equal(count[0], torch.arange(ids.shape[1]))
 
 
 class Root(torch.nn.Module):
