@@ -54,10 +54,31 @@ def parser() -> argparse.ArgumentParser:
     preview.add_argument("--count", type=int, default=12, help="records")
 
     build = subs.add_parser("build", help="make records").add_subparsers(dest="action", required=True, metavar="ACTION")
+    _crops(build.add_parser("crops", help="captioned pictures to records with the boxes of their phrases"))
     _synthetic(build.add_parser("synthetic", help="pictures that a text-to-image model draws of contents in styles"))
     _photos(build.add_parser("photos", help="a folder of pictures, filtered, cropped around people and captioned"))
     _masks(build.add_parser("masks", help="a segmentation of every box of records"))
     return top
+
+
+def _crops(crops: argparse.ArgumentParser) -> None:
+    crops.add_argument("--images", required=True, metavar="DIR", help="the pictures")
+    crops.add_argument("--out", required=True, metavar="DIR", help="records.jsonl, counts.json, pictures/; a stopped build goes on")
+    crops.add_argument("--captions", help="COCO JSON, JSONL rows {image, caption}, or a folder of .txt; beside the pictures by default")
+    crops.add_argument("--boxes", metavar="FILE|DIR", help="boxes that exist; else phrases are parsed and detected")
+    crops.add_argument("--format", choices=["coco", "grit", "flickr30k"], help="of --boxes; guessed by default")
+    crops.add_argument("--detector", default="IDEA-Research/grounding-dino-base", help="a GroundingDINO, name or folder")
+    crops.add_argument("--parser", default="en_core_web_sm", help="a spaCy pipeline, name or folder")
+    crops.add_argument("--box-threshold", type=float, default=0.35, help="least score of a detected box")
+    crops.add_argument("--text-threshold", type=float, default=0.25, help="least score of its phrase")
+    crops.add_argument("--min-area", type=float, default=22500, help="least area of a box in square pixels")
+    crops.add_argument("--max-share", type=float, default=0.75, help="largest share of the picture that a box may take")
+    crops.add_argument("--heads", choices=["detector", "keypoints", "none"], help="keypoints with COCO's boxes, else detector, by default")
+    crops.add_argument("--min-head-area", type=float, default=0, help="least area of a head in square pixels")
+    crops.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
+    crops.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    crops.add_argument("--device", default="cpu", help="where the detector runs")
+    crops.add_argument("--shard", default="0/1", metavar="i/n", help="part i of n, which run side by side into one --out")
 
 
 def _synthetic(command: argparse.ArgumentParser) -> None:

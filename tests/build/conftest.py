@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
+import spacy
 import torch
+from spacy.tokens import Doc
+from spacy.training import Example
 from transformers import (
     BertTokenizer,
     GroundingDinoConfig,
@@ -36,6 +41,59 @@ def grounding_dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = GroundingDinoForObjectDetection(config)
     for weight in model.bbox_embed[0].parameters():  # the library begins with boxes of one size
-        torch.nn.init.normal_(weight, std=0.4)
+        torch.nn.init.normal_(weight, std=0.2)
+    torch.nn.init.constant_(model.bbox_embed[0].layers[-1].bias, 1.0)
     model.save_pretrained(folder)
+    return folder
+
+
+NOUNS, VERBS, ADJECTIVES = ("man", "woman", "dog", "scooter", "ball", "dogs"), ("sees", "rides", "holds"), ("red", "big")
+
+
+PATTERNS = (
+    "the/DET/2/det ADJ/ADJ/1/amod NOUN/NOUN/1/nsubj VERB/VERB/0/ROOT a/DET/2/det ADJ/ADJ/1/amod OTHER/NOUN/-3/dobj ./PUNCT/-4/punct",
+    "a/DET/1/det NOUN/NOUN/4/nsubj and/CCONJ/-1/cc his/PRON/1/poss OTHER/NOUN/-3/conj VERB/VERB/0/ROOT it/PRON/-1/dobj",
+    "a/DET/1/det NOUN/NOUN/1/nsubj VERB/VERB/0/ROOT two/NUM/2/nummod ADJ/ADJ/1/amod OTHER/NOUN/-3/dobj ./PUNCT/-4/punct",
+    "it/PRON/1/nsubj VERB/VERB/0/ROOT a/DET/1/det NOUN/NOUN/-2/dobj and/CCONJ/-1/cc a/DET/1/det OTHER/NOUN/-3/conj ./PUNCT/-6/punct",
+    "a/DET/1/det couple/NOUN/3/nsubj of/ADP/-1/prep NOUN/NOUN/-1/pobj VERB/VERB/0/ROOT the/DET/1/det OTHER/NOUN/-2/dobj ./PUNCT/-3/punct",
+    "VERB/VERB/0/ROOT up/ADV/-1/advmod ./PUNCT/-2/punct",
+)
+"""Words with part of speech, way to the head, and dependency."""
+
+
+def annotated_sentences() -> list[dict[str, list[Any]]]:
+    """Toy English, each pattern with each pair of nouns."""
+    rows = []
+    for i, (pattern, noun, other) in enumerate(itertools.product(PATTERNS, NOUNS, NOUNS)):
+        fill = {"NOUN": noun, "OTHER": other, "VERB": VERBS[i % 3], "ADJ": ADJECTIVES[i % 2]}
+        words, tags, ways, deps = map(list, zip(*(token.split("/") for token in pattern.split(" ")), strict=True))
+        rows.append(
+            {
+                "words": [fill.get(word, word) for word in words],
+                "pos": tags,
+                "heads": [k + int(way) for k, way in enumerate(ways)],
+                "deps": deps,
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="session")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a spaCy pipeline, parts of speech and parser, trained on toy English."""
+    nlp = spacy.blank("en")
+    tok2vec = {"@architectures": "spacy.HashEmbedCNN.v2", "width": 32, "depth": 2, "embed_size": 200, "window_size": 1}
+    tok2vec |= {"maxout_pieces": 2, "subword_features": True, "pretrained_vectors": None}
+    nlp.add_pipe("morphologizer", config={"model": {"@architectures": "spacy.Tagger.v2", "tok2vec": tok2vec}})
+    parser = {"@architectures": "spacy.TransitionBasedParser.v2", "state_type": "parser", "extra_state_tokens": False}
+    nlp.add_pipe("parser", config={"model": {**parser, "hidden_width": 32, "maxout_pieces": 2, "use_upper": True, "tok2vec": tok2vec}})
+    rows = [{**row, "spaces": [True] * len(row["words"])} for row in annotated_sentences()]
+    examples = [Example.from_dict(Doc(nlp.vocab, row["words"], row["spaces"]), row) for row in rows]
+    spacy.util.fix_random_seed(0)
+    optimizer = nlp.initialize(lambda: examples)
+    for _ in range(14):
+        for batch in spacy.util.minibatch(examples, 24):
+            nlp.update(batch, sgd=optimizer)
+    folder = tmp_path_factory.mktemp("english")
+    nlp.to_disk(folder)
     return folder

@@ -49,7 +49,7 @@ def test_boxes_scores_and_phrases_are_those_of_the_librarys_post_processing(grou
             assert any(word in " ".join(words) for word in phrases[d.phrase].lower().split())
 
 
-def test_a_box_belongs_to_the_phrase_whose_token_scores_highest(everything: Detector) -> None:
+def test_a_box_belongs_to_the_phrase_whose_token_scores_highest(everything: Detector, grounding_dino: Path) -> None:
     (found,) = everything.detect([noise(3)], [PHRASES[0]])
     inputs = everything.processor(images=[noise(3)], text=["man. big dog. red scooter."], return_tensors="pt")
     with torch.no_grad():
@@ -59,6 +59,8 @@ def test_a_box_belongs_to_the_phrase_whose_token_scores_highest(everything: Dete
     best = sorted(zip(scores.amax(-1).tolist(), scores[:, [1, 3, 4, 6, 7]].argmax(-1).tolist(), strict=True), reverse=True)
     assert [d.phrase for d in found] == [[0, 1, 1, 2, 2][token] for _, token in best]
     assert len({d.phrase for d in found}) > 1
+    sure = int((scores[:, [1, 3, 4, 6, 7]].amax(-1) > 0.5).sum())
+    assert 0 < sure < 12 and len(Detector(str(grounding_dino), 0.0, 0.5).detect([noise(3)], [PHRASES[0]])[0]) == sure
 
 
 def test_phrases_beyond_the_text_limit_are_asked_in_several_texts(everything: Detector) -> None:
