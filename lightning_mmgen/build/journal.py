@@ -86,24 +86,19 @@ class Journal:
         """The items of this shard that are not done yet, in order."""
         return [item for item in items[self.shard.index :: self.shard.count] if key(item) not in self.done]
 
-    def add(self, key: str, records: Iterable[Record], counts: dict[str, int], notes: Mapping[str, float] = {}) -> None:
+    def add(self, key: str, records: Iterable[Record], counts: dict[str, int], notes: Mapping[str, Sequence[float]] = {}) -> None:
         """Note an item as done, with the records that it gave (perhaps none) and its counts by name. Their pictures are files already.
-        ``notes`` are numbers about the item, a score say, by name; the report has their quantiles."""
-        row = {
-            "key": key,
-            "counts": counts,
-            "records": [record.to_json() for record in records],
-            **({"notes": dict(notes)} if notes else {}),
-        }
+        ``notes`` are numbers about the item, scores say, by name; the report has their quantiles."""
+        row = {"key": key, "counts": counts, "notes": dict(notes), "records": [record.to_json() for record in records]}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._count(key, counts, notes)
 
-    def _count(self, key: str, counts: Mapping[str, int], notes: Mapping[str, float]) -> None:
+    def _count(self, key: str, counts: Mapping[str, int], notes: Mapping[str, Sequence[float]]) -> None:
         self.done.add(key)
         self.counts.update(counts)
-        for name, number in notes.items():
-            self.notes[name].append(number)
+        for name, numbers in notes.items():
+            self.notes[name] += numbers
 
     def finish(self) -> Path | None:
         """Write this shard's records and counts; when every shard's are there, ``records.jsonl`` and ``counts.json`` of the whole.

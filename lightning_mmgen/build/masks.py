@@ -119,7 +119,7 @@ def build_masks(settings: Masks, out: str, device: str = "cpu", workers: int = 0
     """Give every box of every record its mask; a box that has one keeps it, and a record keeps all else.
 
     Returns:
-        A report: counts.
+        A report: the path of the records, and counts.
 
     Raises:
         FileNotFoundError: no such file or model.
@@ -132,12 +132,11 @@ def build_masks(settings: Masks, out: str, device: str = "cpu", workers: int = 0
     if todo := journal.todo(range(len(source)), key=str):
         segment = Segmenter(settings.model, device)
         loader = DataLoader(Rows(source, segment.processor, todo), batch_size=None, num_workers=workers)
-        for row in tqdm(loader, "records"):
+        for row in tqdm(loader, desc="masks", unit="record", disable=None):
             counts = Counter(records=1)
             records = _masked(row, segment, settings.min_iou, partial(_settle, journal.out, source.root, row.number), counts)
             journal.add(str(row.number), records, counts)
-    journal.finish()
-    return journal.report()
+    return f"{journal.finish() or 'the other shards are not done yet'}\n{journal.report()}"
 
 
 Settle = Callable[[Picture, str], str]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,10 +20,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from ..data.images import open_picture
 from ..models.weights import locate
 from ..prompt import MARKER, Record, RecordError
+from .captions import ENDINGS, read_captions
 from .detector import Detection, Detector
 from .journal import Journal, Shard
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,13 @@ class Photos:
         watermark, unsafe: hub name or folder of an image classifier; "" does not filter.
         watermark_label, unsafe_label: the class whose probability counts.
         max_watermark, max_unsafe: a picture with a higher one is dropped.
-        captions: JSONL of rows {image, caption}, the images relative to the folder; the captioner writes them where none is given.
+        captions: JSONL rows {image, caption}, COCO JSON or a folder of texts (a picture's first counts); "" lets the captioner write.
         captioner: hub name or folder of a vision-language model with a chat template.
         caption_prompt: what it is asked.
         caption_tokens: its longest answer.
         caption_dtype: of its weights.
         format: ``jpeg`` (quality 95) or ``png``.
+        batch_size: pictures that the models see together; rounding depends on it, so that it is the same in every shard.
     """
 
     images: str
@@ -67,6 +67,7 @@ class Photos:
     caption_tokens: int = 128
     caption_dtype: str = "float16"
     format: str = "jpeg"
+    batch_size: int = 8
 
 
 @dataclass
@@ -90,25 +91,28 @@ class Photo:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-class Folder(Dataset[Photo]):
-    """Pictures, read and checked for their size.
+class Folder(Dataset[list[Photo]]):
+    """Batches of pictures, read and checked for their size.
 
     Args:
         root: the folder.
-        photos: which to read.
+        batches: which to read.
         min_side: least width and height, in pixels.
         captions: by name; None where they are yet to be written.
     """
 
-    def __init__(self, root: Path, photos: Sequence[Photo], min_side: int, captions: Mapping[str, str] | None) -> None:
-        self.root, self.photos, self.min_side, self.captions = root, photos, min_side, captions
+    def __init__(self, root: Path, batches: Sequence[Sequence[Photo]], min_side: int, captions: Mapping[str, str] | None) -> None:
+        self.root, self.batches, self.min_side, self.captions = root, batches, min_side, captions
 
     def __len__(self) -> int:
-        return len(self.photos)
+        return len(self.batches)
 
-    def __getitem__(self, index: int) -> Photo:
-        photo = self.photos[index]
-        if self.captions is not None and not (caption := self.captions.get(photo.name, "")):
+    def __getitem__(self, index: int) -> list[Photo]:
+        return [self._read(photo) for photo in self.batches[index]]
+
+    def _read(self, photo: Photo) -> Photo:
+        caption = "" if self.captions is None else self.captions.get(photo.name, "")
+        if self.captions is not None and not caption:
             return replace(photo, rule="no caption")
         try:
             image = open_picture((self.root / photo.name).read_bytes())
@@ -117,7 +121,7 @@ class Folder(Dataset[Photo]):
             return replace(photo, rule="unreadable")
         if min(image.size) < self.min_side:
             return replace(photo, rule="under --min-side")
-        return replace(photo, image=image, caption="" if self.captions is None else caption)
+        return replace(photo, image=image, caption=caption)
 
 
 class Judge:
@@ -225,54 +229,54 @@ def clean(caption: str) -> str:
     return " ".join(MARKER.sub(" ", caption).split())
 
 
-def read_captions(path: str) -> dict[str, str]:
-    """Captions by picture, from JSONL rows {image, caption}; the first of a picture counts.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a row is of another form.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    captions: dict[str, str] = {}
-    with Path(path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                captions.setdefault(Path(row["image"]).as_posix(), clean(row["caption"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: is not a row {{image, caption}}") from error
-    return captions
-
-
-def build_photos(settings: Photos, out: str, device: str = "cpu", batch_size: int = 8, workers: int = 0, shard: Shard = Shard()) -> str:
+def build_photos(settings: Photos, out: str, device: str = "cpu", workers: int = 0, shard: Shard = Shard()) -> str:
     """Go over all pictures of a folder; keep what passes every rule, as a square with a caption.
 
     Returns:
-        A report: counts by rule, quantiles of the classifiers' probabilities, and which filters were off.
+        A report: the path of the records, counts by rule, quantiles of the classifiers' probabilities, and which filters were off.
 
     Raises:
         FileNotFoundError: no such folder, file or model.
         ValueError: no pictures, or ``out`` lies among them or holds a build with other settings.
     """
-    root, captions = Path(settings.images), read_captions(settings.captions) if settings.captions else None
-    names = picture_names(root, Path(out))
+    root = Path(settings.images)
+    names, captions = picture_names(root, Path(out)), _captions(settings)
     digests = {"images": _digest(names), "captions": _digest([f"{k}\n{v}" for k, v in captions.items()]) if captions is not None else ""}
     journal = Journal(out, {**asdict(settings), **digests}, shard)
-    if todo := journal.todo([Photo(i, name) for i, name in enumerate(names)], key=lambda photo: str(photo.number)):
+    photos = [Photo(number, name) for number, name in enumerate(names)]
+    batches = [photos[at : at + settings.batch_size] for at in range(0, len(photos), settings.batch_size)]
+    if todo := journal.todo(batches, key=_key):
         steps = _steps(settings, device)
-        folder = Folder(root, todo, settings.min_side, captions)
-        with tqdm(total=len(todo), desc="photos") as bar:
-            for photos in DataLoader(folder, batch_size, num_workers=workers, collate_fn=list):
-                for step in steps:
-                    if left := [photo for photo in photos if photo.rule == "kept"]:
-                        step(left)
-                for photo in photos:
-                    journal.add(str(photo.number), _records(photo, settings, journal.out), {"pictures": 1, photo.rule: 1}, photo.scores)
-                bar.update(len(photos))
-    journal.finish()
+        loader = DataLoader(Folder(root, todo, settings.min_side, captions), batch_size=None, num_workers=workers, collate_fn=list)
+        for batch in tqdm(loader, desc="photos", unit="batch", disable=None):
+            for step in steps:
+                if left := [photo for photo in batch if photo.rule == "kept"]:
+                    step(left)
+            _note(batch, settings, journal)
     off = [f"not filtered by --{name}: no classifier given" for name in ("watermark", "unsafe") if not getattr(settings, name)]
-    return "\n".join([journal.report(), *off])
+    return "\n".join([str(journal.finish() or "the other shards are not done yet"), journal.report(), *off])
+
+
+def _key(batch: Sequence[Photo]) -> str:
+    return str(batch[0].number)
+
+
+def _note(batch: Sequence[Photo], settings: Photos, journal: Journal) -> None:
+    """A batch that went through all rules: its records, counts by rule, and probabilities."""
+    records = [record for photo in batch for record in _records(photo, settings, journal.out)]
+    notes: defaultdict[str, list[float]] = defaultdict(list)
+    for photo in batch:
+        for name, score in photo.scores.items():
+            notes[name].append(score)
+    journal.add(_key(batch), records, Counter(pictures=len(batch)) + Counter(photo.rule for photo in batch), notes)
+
+
+def _captions(settings: Photos) -> dict[str, str] | None:
+    """The first caption of each picture that has one, where captions are given."""
+    if not settings.captions:
+        return None
+    scenes = read_captions(settings.captions, settings.images)
+    return {Path(scene.image).as_posix(): clean(scene.captions[0].text) for scene in scenes}
 
 
 def picture_names(root: Path, out: Path) -> list[str]:

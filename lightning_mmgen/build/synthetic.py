@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class Synthetic:
         pickscore: hub name or folder of a PickScore; "" scores nothing.
         min_pickscore: pictures below it are dropped. The paper does not state its threshold; by default nothing is dropped.
         seed: of the draw of styles and of the noise.
+        batch_size: pictures that are drawn together; rounding depends on it, so that it is the same in every shard.
     """
 
     contents: str
@@ -50,6 +52,7 @@ class Synthetic:
     pickscore: str = PickScore.HUB
     min_pickscore: float | None = None
     seed: int = 0
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         for name in ("styles_per_content", "steps", "height", "width"):
@@ -152,11 +155,11 @@ class Painter:
         return [float(score) for score in self.pickscore.similarity(stacked, [pair.caption for pair in pairs])]
 
 
-def build_synthetic(settings: Synthetic, out: str, device: str = "cpu", batch_size: int = 8, shard: Shard = Shard()) -> str:
+def build_synthetic(settings: Synthetic, out: str, device: str = "cpu", shard: Shard = Shard()) -> str:
     """Draw every content in its styles; keep what is not blank and reaches the least score.
 
     Returns:
-        A report: counts, and quantiles of the scores.
+        A report: the path of the records, counts, and quantiles of the scores.
 
     Raises:
         FileNotFoundError: no such file or model.
@@ -166,30 +169,42 @@ def build_synthetic(settings: Synthetic, out: str, device: str = "cpu", batch_si
     pairs = cross(contents, styles, settings.styles_per_content, settings.seed)
     digests = {"contents": _digest(contents), "styles": _digest(styles)}
     journal = Journal(out, {**asdict(settings), **digests}, shard)
-    if todo := journal.todo(pairs, key=lambda pair: pair.name):
+    batches = [pairs[at : at + settings.batch_size] for at in range(0, len(pairs), settings.batch_size)]
+    if todo := journal.todo(batches, key=_key):
         painter = Painter(settings, device)
-        for at in tqdm(range(0, len(todo), batch_size), "batches"):
-            batch = todo[at : at + batch_size]
-            pictures = painter.draw(batch)
-            for pair, picture, score in zip(batch, pictures, painter.scores(batch, pictures), strict=True):
-                _note(journal, settings, pair, picture, score, painter.cuts(pair))
-    journal.finish()
-    return journal.report()
+        for batch in tqdm(todo, desc="synthetic", unit="batch", disable=None):
+            _draw(painter, batch, journal)
+    return f"{journal.finish() or 'the other shards are not done yet'}\n{journal.report()}"
 
 
-def _note(journal: Journal, settings: Synthetic, pair: Pair, picture: Image, score: float | None, cut: bool) -> None:
-    blank = picture.getcolors(1) is not None  # one colour: NaN of a half-precision VAE, or what a safety checker blackened
-    low = settings.min_pickscore is not None and score is not None and score < settings.min_pickscore
-    rule = "blank" if blank else "under --min-pickscore" if low else "kept"
-    records = []
-    if rule == "kept":
-        path = journal.out / "pictures" / f"{pair.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-        target = path.relative_to(journal.out).as_posix()
-        records = [Record(pair.caption, target=target, caption=pair.caption, task="synthetic", id=pair.name)]
-    counts = {"drawn": 1, rule: 1, **({"captions that the text encoder cut": 1} if cut else {})}
-    journal.add(pair.name, records, counts, {} if score is None or blank else {"PickScore": score})
+def _key(batch: Sequence[Pair]) -> str:
+    return batch[0].name
+
+
+def _draw(painter: Painter, batch: Sequence[Pair], journal: Journal) -> None:
+    """Draw a batch and note it: the records of what is kept, counts by rule, and the scores of what is not blank."""
+    pictures = painter.draw(batch)
+    counts, scores, records = Counter(drawn=len(batch)), [], []
+    for pair, picture, score in zip(batch, pictures, painter.scores(batch, pictures), strict=True):
+        rule = _rule(picture, score, painter.settings.min_pickscore)
+        counts[rule] += 1
+        if painter.cuts(pair):
+            counts["captions that the text encoder cut"] += 1
+        if score is not None and rule != "blank":
+            scores.append(score)
+        if rule == "kept":
+            target = journal.out / "pictures" / f"{pair.name}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(target)
+            path = target.relative_to(journal.out).as_posix()
+            records.append(Record(pair.caption, target=path, caption=pair.caption, task="synthetic", id=pair.name))
+    journal.add(_key(batch), records, counts, {"PickScore": scores} if scores else {})
+
+
+def _rule(picture: Image, score: float | None, least: float | None) -> str:
+    if picture.getcolors(1) is not None:  # one colour: NaN of a half-precision VAE, or what a safety checker blackened
+        return "blank"
+    return "under --min-pickscore" if least is not None and score is not None and score < least else "kept"
 
 
 def _digest(lines: Sequence[str]) -> str:

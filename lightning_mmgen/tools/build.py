@@ -29,7 +29,8 @@ def build(args: argparse.Namespace) -> str:
     if getattr(args, "batch_size", 1) < 1 or getattr(args, "workers", 0) < 0:
         raise ValueError("--batch-size must be 1 or more, --workers 0 or more")
     run: dict[str, Any] = {"device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"), "shard": Shard.parse(args.shard)}
-    run |= {name: getattr(args, name) for name in ("batch_size", "workers") if hasattr(args, name)}
+    if hasattr(args, "workers"):
+        run["workers"] = args.workers
     if args.action == "synthetic":
         from ..build.synthetic import Synthetic, build_synthetic
 

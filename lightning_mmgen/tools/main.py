@@ -94,7 +94,7 @@ def _synthetic(command: argparse.ArgumentParser) -> None:
     command.add_argument("--pickscore", default="yuvalkirstain/PickScore_v1", help="hub name or folder; an empty name scores nothing")
     command.add_argument("--min-pickscore", type=float, help="drop pictures below it; the report has the quantiles to choose from")
     command.add_argument("--seed", type=int, default=0, help="of the draw of styles and of the noise")
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
     _common(command)
 
 
@@ -110,13 +110,15 @@ def _photos(command: argparse.ArgumentParser) -> None:
         command.add_argument(f"--{name}", default="", metavar="MODEL", help="an image classifier: hub name or folder; no filter by default")
         command.add_argument(f"--{name}-label", default=label, help=f"its class (default: {label})")
         command.add_argument(f"--max-{name}", type=float, default=0.5, help="highest probability of the class")
-    command.add_argument("--captions", default="", metavar="FILE", help="JSONL rows {image, caption}; else the captioner writes them")
+    command.add_argument(
+        "--captions", default="", metavar="FILE|DIR", help="JSONL rows {image, caption}, COCO JSON or a folder of .txt; else written"
+    )
     command.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="a vision-language model: hub name or folder")
     command.add_argument("--caption-prompt", default="Describe this picture in one sentence.")
     command.add_argument("--caption-tokens", type=int, default=128, help="of the longest caption")
     command.add_argument("--caption-dtype", choices=DTYPES, default="float16", help="of the captioner's weights")
     command.add_argument("--format", choices=["jpeg", "png"], default="jpeg", help="of the crops; JPEG at quality 95")
-    command.add_argument("--batch-size", type=int, default=8)
+    command.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
     command.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     _common(command)
 

@@ -107,10 +107,13 @@ def test_pictures_of_more_people_are_dropped_and_others_cropped_around_theirs(
     arguments: list[str], pictures: dict[str, PILImage.Image], grounding_dino: Path, tmp_path: Path
 ) -> None:
     """The limit lies where half of the pictures have a second box over it."""
-    every = Detector(str(grounding_dino), 0.0, 0.0).detect(list(pictures.values()), [["man"]] * 8)
+    detector, every = Detector(str(grounding_dino), 0.0, 0.0), []
+    names = sorted(pictures)
+    for batch in (names[:3], names[3:6], names[6:]):  # the padding of a batch shifts scores a little
+        every += detector.detect([pictures[name] for name in batch], [["man"]] * len(batch))
     seconds = sorted(some[1].score for some in every)
     threshold = (seconds[3] + seconds[4]) / 2
-    people = {name: [d for d in some if d.score > threshold] for name, some in zip(pictures, every, strict=True)}
+    people = {name: [d for d in some if d.score > threshold] for name, some in zip(names, every, strict=True)}
     assert main([*arguments, "--max-people", "1", "--box-threshold", str(threshold)]) == 0
     records = built(tmp_path / "out")
     assert set(records) == {name for name, some in people.items() if len(some) < 2} and len(records) == 4
@@ -227,7 +230,7 @@ def test_shards_and_a_stopped_build_equal_one_run(arguments: list[str], tmp_path
     add = Journal.add
 
     def adding(journal: Journal, *args: Any) -> None:
-        if len(journal.done) == 4:
+        if len(journal.done) == 2:
             raise KeyboardInterrupt
         add(journal, *args)
 
@@ -247,8 +250,8 @@ def test_what_a_user_can_mend_is_one_line(
     (tmp_path / "empty").mkdir()
     for changes, message in (
         (["--watermark", str(classifier), "--watermark-label", "logo"], "has no label 'logo'; there are clean, watermark"),
-        (["--captions", str(tmp_path / "bad.jsonl")], "bad.jsonl:2: is not a row {image, caption}"),
-        (["--captions", str(tmp_path / "gone.jsonl")], "gone.jsonl: no such file"),
+        (["--captions", str(tmp_path / "bad.jsonl")], "bad.jsonl:2: needs the strings image and caption"),
+        (["--captions", str(tmp_path / "gone.jsonl")], "gone.jsonl'"),
         (["--images", str(tmp_path / "gone")], "gone: no such folder"),
         (["--images", str(tmp_path / "empty")], "empty: holds no pictures"),
         (["--out", str(tmp_path / "in" / "a" / "out")], "where it would be taken for more pictures"),

@@ -97,21 +97,17 @@ def test_shards_and_a_stopped_build_give_the_pictures_of_one_run(
     whole = contents_of(tmp_path / "out")
     for shard in ("1/2", "0/2"):
         assert main([*arguments, "--out", str(tmp_path / "shards"), "--shard", shard]) == 0
-    stop_after(monkeypatch, 3)
+    stop_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--out", str(tmp_path / "stopped")])
     monkeypatch.undo()
-    assert len((tmp_path / "stopped" / "journal.jsonl").read_text().splitlines()) == 1 + 3
+    assert len((tmp_path / "stopped" / "journal.jsonl").read_text().splitlines()) == 1 + 2
     assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
-    for other in ("shards", "stopped"):
-        found = contents_of(tmp_path / other)
-        assert {name: caption for name, (caption, _) in found.items()} == {name: caption for name, (caption, _) in whole.items()}
-        for name, (_, pixels) in found.items():  # a batch of another size may round otherwise
-            np.testing.assert_allclose(np.frombuffer(pixels, np.uint8).astype(int), np.frombuffer(whole[name][1], np.uint8), atol=1)
+    assert contents_of(tmp_path / "shards") == contents_of(tmp_path / "stopped") == whole and len(whole) == 9
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, items: int) -> None:
-    """The process is interrupted once so many items are noted."""
+    """The process is interrupted once so many batches are noted."""
     add = Journal.add
 
     def adding(journal: Journal, *args: Any) -> None:
