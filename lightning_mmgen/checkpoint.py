@@ -51,3 +51,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).split(".")[0] or type(error).__name__
             raise ValueError(f"{path}: not a checkpoint of plain types and tensors, or damaged ({reason})") from error
+
+
+def trained_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's run has trained, by name: the averaged weights where it kept an average."""
+    ema = next((state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA")), None)
+    return ema["mean"] if ema and ema["mean"] else checkpoint["state_dict"]  # type: ignore[no-any-return]

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 import lightning_mmgen.callbacks as callbacks
 
 from .checkpoint import AtomicCheckpointIO
+from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
 from .models.encoder import encoders
@@ -28,6 +29,7 @@ SHORT_NAMES = (
     JSONLSource,
     DatasetSource,
     ToyboxSource,
+    CropDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,
 )  # imported: class_path may be the bare name

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, Condition
+from .checkpoint import AtomicCheckpointIO, trained_weights
 from .data.datamodule import MultimodalDataModule
 from .diffusion import ConditionDropout, Diffusion, drop_condition
 from .losses import DenoisingStep, LossTerm, diffusion_loss
@@ -64,6 +65,8 @@ class MultimodalDiffusion(L.LightningModule):
         schedule: warm-up and decay of all learning rates.
         sampler: how the callbacks draw pictures.
         betas: of AdamW.
+        start: a checkpoint whose trained weights a fit begins from, with a new optimizer and a new count of steps (MUMU's stage 2 after
+            its stage 1); it has the same parameter table.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class MultimodalDiffusion(L.LightningModule):
         schedule: LRSchedule = LRSchedule(),
         sampler: Sampler = Sampler(),
         betas: tuple[float, float] = (0.9, 0.999),
+        start: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -89,13 +93,16 @@ class MultimodalDiffusion(L.LightningModule):
             sampler,
             betas,
         )
-        self.table = ParameterTable(parameters)
+        self.table, self.start = ParameterTable(parameters), start
         self.strict_loading = False  # checkpoints hold what is trained, and are compared with it by name
 
     def configure_model(self) -> None:
         """Build the parts and bring them under the parameter table; Lightning calls this where the weights are to live."""
-        if not hasattr(self, "unet"):
-            self.build()
+        if hasattr(self, "unet"):
+            return
+        self.build()
+        if self.start and self._trainer and not self._trainer.ckpt_path:
+            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
 
     def build(self, weights: bool = True) -> None:
         """Create encoder, UNet, adapter and codec; ``weights=False`` builds from configurations alone (on the meta device, say)."""
@@ -195,6 +202,16 @@ class MultimodalDiffusion(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = self.trainable()
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in names}
+
+    def load_trained(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what the checkpoint's run has trained, averaged where it kept an average; the rest of its state stays behind.
+
+        Raises:
+            ValueError: the checkpoint is of another parameter table.
+        """
+        self.on_load_checkpoint(checkpoint)
+        weights = {n: w.to(self.get_parameter(n).dtype) for n, w in trained_weights(checkpoint).items()}
+        self.load_state_dict(weights, strict=False)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         saved, here = set(checkpoint["state_dict"]), set(self.trainable())

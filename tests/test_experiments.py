@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,7 +25,27 @@ EXPERIMENTS = ROOT / "experiments"
 RECIPES = sorted(p for p in EXPERIMENTS.glob("*.yaml"))
 PRETRAINING = sorted((EXPERIMENTS / "toybox").glob("*.yaml"))
 OVERLAYS = sorted(p for p in (EXPERIMENTS / "overlays").glob("*.yaml"))
-TRUE_SIZE = {"idefics2_sdxl": ("sdxl", 1024, 2048, 1280), "sd15": ("sd15", 512, 768, None)}
+
+
+class TrueSize(NamedTuple):
+    """A form of real size: its YAMLs, the committed configurations of UNet and VAE, side of its pictures, width and pooled width of the
+    condition, tokens a reference."""
+
+    files: tuple[str, ...]
+    config: str
+    side: int
+    width: int
+    pooled: int | None
+    tokens: int
+
+
+TRUE_SIZE = {
+    "idefics2_sdxl": TrueSize(("instruct.yaml", "overlays/idefics2_sdxl.yaml"), "sdxl", 1024, 2048, 1280, 324),
+    "sd15": TrueSize(("instruct.yaml", "overlays/sd15.yaml"), "sd15", 512, 768, None, 324),
+    "mumu_stage1": TrueSize(("mumu_stage1.yaml",), "sdxl", 1024, 2048, 1280, 324),
+    "mumu_stage2": TrueSize(("mumu_stage2.yaml",), "sdxl", 1024, 2048, 1280, 1296),
+}
+DATA = ["--data.init_args.train=tests/configs/one.jsonl", "--data.init_args.held_out=tests/configs/one.jsonl"]
 
 
 def test_an_experiment_reads_like_a_table() -> None:
@@ -36,8 +56,9 @@ def test_an_experiment_reads_like_a_table() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    overlay = EXPERIMENTS / "overlays" / "toybox.yaml"
-    cli = main(["fit", "-c", str(recipe), "-c", str(overlay), "--trainer.fast_dev_run=true", "--data.init_args.batch_size=2"])
+    files = [recipe, EXPERIMENTS / "overlays" / "toybox.yaml", EXPERIMENTS / "overlays" / f"toybox_{recipe.stem}.yaml"]
+    more = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=2", "--model.init_args.start=null"]
+    cli = main(["fit", *(x for f in files if f.is_file() for x in ("-c", str(f))), *more])
     assert cli.trainer.global_step == 1
     assert torch.isfinite(cli.trainer.callback_metrics["loss"])
 
@@ -71,45 +92,51 @@ def test_an_overlay_there_and_back_changes_names_and_sizes_only(tmp_path: Path, 
     files = [EXPERIMENTS / "instruct.yaml", *(EXPERIMENTS / "overlays" / f"{n}.yaml" for n in ("idefics2_sdxl", "toybox"))]
     cli = main(["fit", *(x for f in files for x in ("-c", str(f))), "--trainer.fast_dev_run=true", "--data.init_args.batch_size=2"])
     assert cli.trainer.global_step == 1
-    assert [r.lr for r in cli.model.table.rows][:5] == [None, 3e-6, 3e-6, 1e-5, 5e-6]  # Table 1's rates stay
+    plain = main(["-c", str(files[0])], run=False).model
+    assert cli.model.table.rows == plain.table.rows and cli.model.betas == plain.betas and cli.model.schedule == plain.schedule
 
 
-@pytest.mark.parametrize("overlay", TRUE_SIZE)
-def test_nothing_of_the_toybox_is_left_in_a_true_size_overlay(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = true_size(overlay, monkeypatch)
+@pytest.mark.parametrize("form", TRUE_SIZE)
+def test_nothing_of_the_toybox_is_left_at_true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = true_size(form, monkeypatch)
     assert model.betas == (0.9, 0.999) and model.diffusion.timestep_sampling == "uniform"
     assert {r.optimizer for r in model.table.rows} == {"adamw"}
 
 
-def true_size(overlay: str, monkeypatch: pytest.MonkeyPatch) -> MultimodalDiffusion:
-    """The module of a recipe with a true-size overlay, its hub names replaced by committed configurations, on the meta device."""
+def command_line(form: str) -> list[str]:
+    return [x for f in TRUE_SIZE[form].files for x in ("-c", f"experiments/{f}")]
+
+
+def true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> MultimodalDiffusion:
+    """The module of a form of real size, its hub names replaced by committed configurations, on the meta device."""
     monkeypatch.chdir(ROOT)
-    name = TRUE_SIZE[overlay][0]
-    names = [f"--model.init_args.{part}.pretrained=tests/configs/{name}" for part in ("unet", "codec")]
+    names = [f"--model.init_args.{part}.pretrained=tests/configs/{TRUE_SIZE[form].config}" for part in ("unet", "codec")]
     names.append("--model.init_args.encoder.init_args.pretrained=tests/configs/idefics2-8b")
-    data = ["--data.init_args.train=tests/configs/one.jsonl", "--data.init_args.held_out=tests/configs/one.jsonl"]
     trainer = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null", "--trainer.fast_dev_run=true"]
-    files = ["-c", "experiments/instruct.yaml", "-c", f"experiments/overlays/{overlay}.yaml"]
-    model = main([*files, *names, *data, *trainer], run=False).model
+    model = main([*command_line(form), *names, *DATA, *trainer], run=False).model
     with torch.device("meta"):
         model.build(weights=False)
     return model
 
 
-@pytest.mark.parametrize("overlay", TRUE_SIZE)
-def test_true_size(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = true_size(overlay, monkeypatch)
-    _, side, width, pooled = TRUE_SIZE[overlay]
+@pytest.mark.parametrize("form", TRUE_SIZE)
+def test_true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = true_size(form, monkeypatch)
+    _, config, side, width, pooled, tokens = TRUE_SIZE[form]
     counts = {s.row.match: (s.trainable, s.total - s.trainable) for s in model.table.states}
     assert counts["encoder.vision"] == (0, 417_792_240)
     assert counts["encoder.projector"] == (395_264, 91_750_400)  # 8 x (1152 + 14336) x 2 + 8 x (14336 + 4096)
     assert counts["encoder.language"] == (6_815_744, 7_110_672_384)
-    assert counts["unet"][1] == {"sdxl": 2_567_463_684, "sd15": 859_520_964}[TRUE_SIZE[overlay][0]]  # published sizes
+    assert counts["unet"][1] == {"sdxl": 2_567_463_684, "sd15": 859_520_964}[config]  # published sizes
     assert counts["unet"][0] == lora_size(model.unet, 8)
     assert counts["adapter"][1] == 0
     assert counts["codec"] == (0, 83_653_863)
 
-    groups = [PackedImages(torch.empty(3, 3, 252, 252), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]))]
+    groups = [
+        PackedImages(
+            torch.empty(3, 3, model.encoder.reference_size, model.encoder.reference_size), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
+        )
+    ]
     texts, markers = ["a [ref#1] man on a [ref#2] scooter", "a [ref#1] cat"], [[1, 2], [1]]
     draw = SampleNoise(torch.tensor([1, 2]), (4, side // 8, side // 8), model.diffusion)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -127,7 +154,7 @@ def test_true_size(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
         step.prediction.float().mean().backward()
     assert step.prediction.shape == (2, 4, side // 8, side // 8)
     assert step.condition.tokens.shape == (2, step.condition.mask.shape[1], width)
-    assert [[s.end - s.start for s in spans] for spans in step.condition.spans] == [[324, 324], [324]]
+    assert [[s.end - s.start for s in spans] for spans in step.condition.spans] == [[tokens, tokens], [tokens]]
     assert (step.condition.pooled is None) == (pooled is None) and (pooled is None or step.condition.pooled.shape == (2, pooled))
     assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "encoder.vision" not in n)
 
@@ -148,9 +175,9 @@ def as_fake(module: nn.Module) -> None:
                     store[name] = nn.Parameter(fake, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else fake
 
 
-@pytest.mark.parametrize("overlay", sorted(TRUE_SIZE))
+@pytest.mark.parametrize("form", TRUE_SIZE)
 def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
-    overlay: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_mmgen import cli
 
@@ -158,14 +185,12 @@ def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    data = ["--data.init_args.train=tests/configs/one.jsonl", "--data.init_args.held_out=tests/configs/one.jsonl"]
-    monkeypatch.setattr(
-        "sys.argv", ["lightning", "fit", "-c", "experiments/instruct.yaml", "-c", f"experiments/overlays/{overlay}.yaml", *data]
-    )
+    monkeypatch.setattr("sys.argv", ["lightning", "fit", *command_line(form), *DATA])
     assert cli.command() == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and "gpu" in error.lower()
 
 
 def test_overlays_are_all_tested() -> None:
-    assert {p.stem for p in OVERLAYS} == {*TRUE_SIZE, "toybox"}
+    used = {Path(f).stem for form in TRUE_SIZE.values() for f in form.files if f.startswith("overlays/")}
+    assert {p.stem for p in OVERLAYS} == used | {"toybox"} | {f"toybox_{r.stem}" for r in RECIPES} & {p.stem for p in OVERLAYS}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -19,7 +19,7 @@ from ..batch import Batch, pack
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
 from .images import open_picture, pixels
-from .sources import RowError, Source, open_source
+from .sources import RowError, Source, ToyboxSource, open_source
 
 
 class Sample(NamedTuple):
@@ -64,13 +64,19 @@ class Recipe:
         self.tokenise = encoder.tokenise if encoder else None
         self.tokens = encoder.tokens_of(reference_size, reference_size) if encoder else 0
 
+    def compose(self, record: Record, root: Path | None, rng: np.random.Generator) -> Record:
+        """The record as a prompt; a recipe that makes its prompts at train time does so here."""
+        return record
+
     def __call__(self, record: Record, root: Path | None, seed: int) -> Sample:
         """Raises: RecordError: a picture cannot be read, there is no target, or the prompt is too long."""
         if record.target is None:
             raise RecordError("target is missing")
+        record = self.compose(record, root, np.random.default_rng(seed))
         if self.tokenise:
             self.tokenise(record.prompt().instruction, [r.marker for r in record.references], [self.tokens] * len(record.references))
         references = [pixels(r.image, self.reference_size, root) for r in record.references]
+        assert record.target is not None
         return Sample(record, references, crop_square(pixels(record.target, None, root), self.target_size), seed)
 
 
@@ -167,7 +173,7 @@ class MultimodalDataModule(L.LightningDataModule):
     """Multimodal instructions for training, and a fixed held-out set.
 
     Args:
-        train: a source, or the path of one.
+        train: a source, the path of one, or ``toybox``: records of the embedded world that suit this data module.
         held_out: the same for evaluation; none is allowed.
         target_size: side of the pictures to generate, in pixels.
         reference_size: side of the references, in pixels; by default what fills the encoder's token budget.
@@ -177,6 +183,10 @@ class MultimodalDataModule(L.LightningDataModule):
         bad_rows: share of rows that may be skipped before training stops.
         check: check every row's text and files before training, up to this many rows.
     """
+
+    toybox: ClassVar[dict[str, Any]] = {"tasks": {"subject": 0.85, "caption": 0.15}}
+    toybox_held_out: ClassVar[dict[str, Any]] = {"tasks": {"subject": 1.0}, "length": 256}
+    """What :class:`ToyboxSource` is told where the data are ``toybox``."""
 
     def __init__(
         self,
@@ -191,19 +201,29 @@ class MultimodalDataModule(L.LightningDataModule):
         check: int = 64,
     ) -> None:
         super().__init__()
-        self.train = open_source(train) if isinstance(train, str) else train
-        self.held_out = open_source(held_out) if isinstance(held_out, str) else held_out
+        self.train: Source = self._open(train, held_out=False)
+        self.held_out: Source | None = None if held_out is None else self._open(held_out, held_out=True)
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
         self.seed, self.bad_rows, self.check = seed, bad_rows, check
         self.bad: dict[int, str] = {}
         self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
         self._sampler: OrderedSampler | None = None
 
+    def _open(self, source: Source | str, held_out: bool) -> Source:
+        if source == "toybox":
+            return ToyboxSource(**(self.toybox_held_out if held_out else self.toybox), held_out=held_out)
+        return open_source(source) if isinstance(source, str) else source
+
+    def make_recipe(self, reference_size: int, encoder: Encoder | None, held_out: bool) -> Recipe:
+        """What turns records into samples; a data module of another task has another."""
+        return Recipe(reference_size, self.target_size, encoder)
+
     def setup(self, stage: str) -> None:
         encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
         if encoder is None and self.reference_size is None:
             raise ValueError("data.reference_size is needed where the model has no encoder to ask")
-        self.recipe = Recipe(self.reference_size or encoder.reference_size, self.target_size, encoder)  # type: ignore[union-attr]
+        side = self.reference_size or encoder.reference_size  # type: ignore[union-attr]
+        self.recipe, self.held_out_recipe = (self.make_recipe(side, encoder, held_out) for held_out in (False, True))
         if stage == "fit":
             self._first_rows()
 
@@ -222,19 +242,19 @@ class MultimodalDataModule(L.LightningDataModule):
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         self._sampler = OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
         self._resume = self._sampler.seek(*self._resume)
-        return self._loader(self.train, self._sampler)
+        return self._loader(self.train, self._sampler, self.recipe)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.held_out is None:
             return []
-        return self._loader(self.held_out, OrderedSampler(len(self.held_out), self.batch_size, None))
+        return self._loader(self.held_out, OrderedSampler(len(self.held_out), self.batch_size, None), self.held_out_recipe)
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _loader(self, source: Source, sampler: OrderedSampler) -> DataLoader[Any]:
+    def _loader(self, source: Source, sampler: OrderedSampler, recipe: Recipe) -> DataLoader[Any]:
         return DataLoader(
-            RecordDataset(source, self.recipe, self.seed),
+            RecordDataset(source, recipe, self.seed),
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=collate,
@@ -243,11 +263,14 @@ class MultimodalDataModule(L.LightningDataModule):
         )
 
     def held_out_records(self, count: int) -> list[Record]:
-        """The first ``count`` held-out records, their pictures opened."""
+        """The first ``count`` held-out records as prompts, their pictures opened."""
         if self.held_out is None:
             return []
         root = self.held_out.root
-        records = [self.held_out.record(i) for i in range(min(count, len(self.held_out)))]
+        records = [
+            self.held_out_recipe.compose(self.held_out.record(i), root, np.random.default_rng(sample_seed(self.seed, 0, i)))
+            for i in range(min(count, len(self.held_out)))
+        ]
         return [
             replace(
                 record,

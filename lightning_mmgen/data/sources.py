@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..prompt import Picture, Record, RecordError, from_json
+from ..prompt import CONTROLS, Picture, Record, RecordError, from_json
 from .images import open_picture
 
 
@@ -44,6 +44,16 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of what the source holds, for the run folder."""
+
+    def with_people(self) -> list[int]:
+        """The rows that have a person's box; bad rows are left out."""
+        return [i for i in range(len(self)) if self._shows_people(i)]
+
+    def _shows_people(self, index: int) -> bool:
+        try:
+            return any(box.kind == "person" for box in self.record(index).boxes)
+        except RecordError:
+            return False
 
     def __iter__(self) -> Iterator[Record]:
         return (self.record(i) for i in range(len(self)))
@@ -149,10 +159,17 @@ class ToyboxSource(Source):
         seed: of the draws.
         held_out: draw only combinations of toys that training never sees, and the same ones every epoch.
         swap_references: show other toys than the target holds; the control that must learn nothing from references.
+        controls: give every record its edge, depth and sketch pictures.
     """
 
     def __init__(
-        self, tasks: dict[str, float], length: int = 16384, seed: int = 0, held_out: bool = False, swap_references: bool = False
+        self,
+        tasks: dict[str, float],
+        length: int = 16384,
+        seed: int = 0,
+        held_out: bool = False,
+        swap_references: bool = False,
+        controls: bool = False,
     ) -> None:
         from ..toybox.tasks import TASKS
 
@@ -160,13 +177,15 @@ class ToyboxSource(Source):
             raise ValueError(f"unknown toybox task {unknown[0]!r}; there are {', '.join(TASKS)}")
         if min(tasks.values(), default=0) < 0 or not sum(tasks.values()):
             raise ValueError(f"toybox tasks need weights of 0 or more, not all 0: {tasks}")
-        self.tasks, self.length, self.seed, self.held_out, self.swap_references = tasks, length, seed, held_out, swap_references
+        self.tasks, self.length, self.seed = tasks, length, seed
+        self.held_out, self.swap_references, self.controls = held_out, swap_references, controls
 
     def __len__(self) -> int:
         return self.length
 
     def record(self, index: int, epoch: int = 0) -> Record:
-        from ..toybox.tasks import TASKS
+        from ..toybox.render import draw
+        from ..toybox.tasks import TASKS, control_image
 
         rng = np.random.default_rng((self.seed, 0 if self.held_out else epoch, index, int(self.held_out)))
         share = np.cumsum(list(self.tasks.values()))
@@ -174,10 +193,17 @@ class ToyboxSource(Source):
         record = TASKS[task](rng, self.held_out)
         if self.swap_references:
             record = self._swapped(record, task, rng)
+        if self.controls:
+            scene = record.extra["truth"].scene
+            drawn = draw(scene)
+            record = replace(record, controls={kind: control_image(scene, kind, drawn) for kind in CONTROLS})
         return replace(record, id=f"{task}-{index:05d}")
 
+    def with_people(self) -> list[int]:
+        return []  # there are none in this world
+
     def fingerprint(self) -> str:
-        settings = (sorted(self.tasks.items()), self.length, self.seed, self.held_out, self.swap_references)
+        settings = (sorted(self.tasks.items()), self.length, self.seed, self.held_out, self.swap_references, self.controls)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def _swapped(self, record: Record, task: str, rng: np.random.Generator) -> Record:

@@ -145,7 +145,7 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def embed_images(self, pixels: Tensor) -> Tensor:
-        """Pictures [n, 3, h, w] in [-1, 1] -> language-model inputs [n, (h / patch) * (w / patch), d]."""
+        """Pictures [n, 3, h, w] in [-1, 1] -> language-model inputs [n, tokens_of(h, w), d]."""
 
     @property
     def reference_size(self) -> int:
@@ -157,9 +157,14 @@ class Encoder(nn.Module, ABC):
         counts tokens by itself."""
         return {}
 
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of a picture of this size in pixels."""
+        return height // self.patch_size, width // self.patch_size
+
     def tokens_of(self, height: int, width: int) -> int:
         """How many tokens a picture of this size in pixels takes."""
-        return (height // self.patch_size) * (width // self.patch_size)
+        rows, columns = self.grid_of(height, width)
+        return rows * columns
 
     def tokenise(self, instruction: str, markers: list[int], counts: list[int]) -> tuple[list[int], list[Span]]:
         """One prompt as token ids, each marker replaced by its picture's tokens; and where each picture's tokens lie.
@@ -196,7 +201,7 @@ class Encoder(nn.Module, ABC):
             images = self.embed_images(group.pixels)  # [n, patches, d]
             for i, key in enumerate(zip(group.sample.tolist(), group.slot.tolist(), strict=True)):
                 features[key] = images[i]
-                grids[key] = (group.pixels.shape[-2] // self.patch_size, group.pixels.shape[-1] // self.patch_size)
+                grids[key] = self.grid_of(*group.pixels.shape[-2:])
         rows, spans = [], []
         for b, (text, marks) in enumerate(zip(instructions, markers, strict=True)):
             ids, where = self.tokenise(text, marks, [features[b, k].shape[0] for k in range(len(marks))])

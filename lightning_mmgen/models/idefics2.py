@@ -1,4 +1,4 @@
-"""Idefics2 without its perceiver: every patch is a token (MUMU, section 3: the perceiver's 64 tokens lose detail)."""
+"""Idefics2, without its perceiver unless asked for: every patch is a token (MUMU, section 3: the perceiver's 64 tokens lose detail)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class Idefics2Encoder(Encoder):
     Args:
         pretrained: hub name, local folder or ``toybox/vlm``.
         image_tokens: 324 = 18 x 18 patches of 14 px in MUMU's stage 1, 1,296 in stage 2.
+        keep_perceiver: keep it, as a fourth part ``perceiver``: the patches of every picture become as many tokens as it has latents.
         norm: RMS-normalise the projected patches, as the removed perceiver did at its end.
         max_tokens, mix, dtype, attention: see :class:`Encoder`.
     """
@@ -26,6 +27,7 @@ class Idefics2Encoder(Encoder):
         "vision": "model.vision_model",
         "projector": "model.connector.modality_projection",
         "language": "model.text_model",
+        "perceiver": "model.connector.perceiver_resampler",
     }
     image_token = "<image>"
 
@@ -34,20 +36,26 @@ class Idefics2Encoder(Encoder):
         pretrained: str = "HuggingFaceM4/idefics2-8b",
         image_tokens: int = 324,
         norm: bool = False,
+        keep_perceiver: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(pretrained, image_tokens, **settings)
-        self.norm = norm
+        self.norm, self.keep_perceiver = norm, keep_perceiver
 
     def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "norm": self.norm}
+        return {**super().settings(), "norm": self.norm, "keep_perceiver": self.keep_perceiver}
 
     def take(self, model: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+        if self.keep_perceiver:
+            self.perceiver = model.connector.perceiver_resampler
         return model.vision_model, model.connector.modality_projection, model.text_model
 
     @property
     def patch_size(self) -> int:
         return int(self.model_config.vision_config.patch_size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        return (1, int(self.model_config.perceiver_config.resampler_n_latents)) if self.keep_perceiver else super().grid_of(height, width)
 
     def spell(self, count: int) -> tuple[str, str]:
         return "<fake_token_around_image>", "<fake_token_around_image>"
@@ -58,6 +66,8 @@ class Idefics2Encoder(Encoder):
         pixels = pixels.to(next(self.vision.parameters()).dtype)
         patches = self.vision(pixel_values=pixels, patch_attention_mask=grid).last_hidden_state
         tokens = self.projector(patches.to(next(self.projector.parameters()).dtype))
+        if self.keep_perceiver:
+            tokens = self.perceiver(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
         if self.norm:
             tokens = nn.functional.rms_norm(tokens.float(), tokens.shape[-1:]).to(tokens.dtype)
         return tokens  # type: ignore[no-any-return]

@@ -13,7 +13,8 @@ from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
 from torch import Tensor
 
-from ..data.datamodule import Recipe
+from ..data.crops import CropRecipe
+from ..data.datamodule import Recipe, sample_seed
 from ..data.images import open_picture, pixels
 from ..data.sources import RowError, Source, open_source
 from ..models.encoder import Encoder
@@ -109,7 +110,13 @@ INK, FAINT, RED = "#1a1a1a", "#6b6b6b", "#c00000"
 
 
 def preview(
-    file: str, out: str | Path, encoder: str = "toybox/vlm", image_tokens: int = 25, target_size: int = 64, count: int = 12
+    file: str,
+    out: str | Path,
+    encoder: str = "toybox/vlm",
+    image_tokens: int = 25,
+    target_size: int = 64,
+    count: int = 12,
+    crops: bool = False,
 ) -> Path:
     """Draw the first records of a file as the model sees them: the prompt with its tokens, the references and the target after
     their transforms. A row that cannot be used is shown as its error, in red.
@@ -121,6 +128,7 @@ def preview(
         image_tokens: tokens of a reference; they set its size in pixels.
         target_size: side in pixels of the target.
         count: how many records.
+        crops: as :class:`~lightning_mmgen.data.crops.CropDataModule` trains on them by default.
 
     Returns:
         The path of the page.
@@ -132,7 +140,7 @@ def preview(
     if count < 1:
         raise ValueError(f"count must be 1 or more, not {count}")
     source, reader = open_source(file), Idefics2Encoder(encoder, image_tokens)
-    recipe = Recipe(reader.reference_size, target_size)
+    recipe = (CropRecipe if crops else Recipe)(reader.reference_size, target_size)
     rows = [_row(source, i, reader, recipe) for i in range(min(count, len(source)))]
     page = PILImage.new("RGB", (WIDTH, sum(row.height for row in rows)), "white")
     top = 0
@@ -147,7 +155,7 @@ def preview(
 def _row(source: Source, index: int, encoder: Encoder, recipe: Recipe) -> Image:
     """One record as a strip of the page."""
     try:
-        record = source.record(index)
+        record = recipe.compose(source.record(index), source.root, np.random.default_rng(sample_seed(0, 0, index)))
         references, target = _transform(record, source.root, recipe)
         counts = [encoder.tokens_of(*picture.shape[1:]) for picture in references]
         prompt = record.prompt()

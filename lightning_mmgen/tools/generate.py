@@ -29,10 +29,7 @@ def load_module(ckpt: str | Path) -> MultimodalDiffusion:
         raise FileNotFoundError(f"{ckpt}: no config.yaml of a run in its folder or above")
     module = instantiate_model(config)
     module.configure_model()
-    module.on_load_checkpoint(checkpoint)
-    ema = next((state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA")), None)
-    weights = ema["mean"] if ema and ema["mean"] else checkpoint["state_dict"]
-    module.load_state_dict({n: w.to(module.get_parameter(n).dtype) for n, w in weights.items()}, strict=False)
+    module.load_trained(checkpoint)
     return module.eval()
 
 

@@ -88,21 +88,18 @@ def subject(rng: np.random.Generator, held: bool) -> Record:
 
 
 def crops(rng: np.random.Generator, held: bool) -> Record:
-    """MUMU's records: crops of the target itself, before the words that they depict."""
+    """MUMU's records: a caption that names the toys wholly, by their shape, or only as toys, and where its phrases lie. What the words
+    leave out is for crops of the target to show, which :class:`~lightning_mmgen.data.crops.CropRecipe` puts before them."""
     scene = random_scene(rng, held=held)
-    target, names, refs = picture(scene), [], []
-    for k, (placed, box) in enumerate(zip(scene.toys, boxes(scene), strict=True)):
-        names.append(f"[ref#{k + 1}] {placed.toy.words()}")
-        refs.append(
-            Reference(
-                k + 1,
-                target.crop((int(box.left) - 1, int(box.top) - 1, int(box.right) + 1, int(box.bottom) + 1)),
-                placed.toy.words(),
-                "crop",
-            )
-        )
-    truth = Truth(scene, tuple((k, k + 1) for k in range(len(names))), True, True)
-    return _record("crops", scene.caption(names), scene, refs, truth)
+    how = str(rng.choice(["wholly", "shape", "toy"]))
+    names = [{"wholly": p.toy.words(), "shape": p.toy.shape, "toy": "toy"}[how] for p in scene.toys]
+    text, at, where = scene.caption(names), 0, []
+    for name, box in zip(names, boxes(scene), strict=True):
+        at = text.index(f"{name} ", at)
+        where.append(box._replace(phrase=name, start=at))
+        at += len(name)
+    shown = tuple((k, k + 1) for k in range(len(names)))
+    return replace(_record("crops", text, scene, [], Truth(scene, shown, True, True)), caption=text, boxes=tuple(where))
 
 
 def style(rng: np.random.Generator, held: bool) -> Record:
@@ -123,9 +120,9 @@ def style_transfer(rng: np.random.Generator, held: bool) -> Record:
     return _record("style_transfer", text, scene, refs, Truth(scene, tuple((k, 2) for k in range(len(scene.toys))), False, True))
 
 
-def control_image(scene: Scene, kind: str) -> Image:
-    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture."""
-    pixels, masks = draw(scene)
+def control_image(scene: Scene, kind: str, drawn: tuple[Any, list[Any]] | None = None) -> Image:
+    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture; ``drawn`` is what :func:`draw` gave."""
+    pixels, masks = drawn or draw(scene)
     if kind == "mask":
         return _mask(np.maximum.reduce(masks))
     if kind == "depth":

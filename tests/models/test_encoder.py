@@ -206,3 +206,20 @@ def test_parts_of_different_dtype_work_together(encoder: Idefics2Encoder) -> Non
     encoder.vision.to(torch.bfloat16)
     mixed = encoder([TEXTS[1]], [[1]], pack([image])).tokens
     assert mixed.dtype == torch.float32 and (mixed - exact).abs().max() < 0.2
+
+
+def test_a_perceiver_that_is_kept_gives_its_latents_for_any_picture(vlm: Path) -> None:
+    encoder = Idefics2Encoder(str(vlm), image_tokens=16, keep_perceiver=True)
+    encoder.build()
+    whole = Idefics2Model.from_pretrained(vlm).eval()
+    count = whole.config.perceiver_config.resampler_n_latents
+    for size in ((16, 16), (8, 24)):
+        assert encoder.tokens_of(*size) == count
+        pixels = torch.rand(2, 3, *size) * 2 - 1
+        grid = torch.ones(2, size[0] // 4, size[1] // 4, dtype=torch.bool)
+        patches = whole.vision_model(pixel_values=pixels, patch_attention_mask=grid).last_hidden_state
+        wanted = whole.connector(patches, torch.ones(patches.shape[:2], dtype=torch.bool))
+        assert torch.allclose(encoder.embed_images(pixels), wanted, atol=1e-6) and wanted.shape[1] == count
+    spans = encoder(TEXTS, MARKERS, pack(mixed())).spans
+    assert [[s.end - s.start for s in row] for row in spans] == [[count] * len(m) for m in MARKERS]
+    assert {n.split(".")[0] for n, _ in encoder.named_parameters()} == {"vision", "projector", "language", "perceiver"}

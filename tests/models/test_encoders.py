@@ -213,7 +213,7 @@ def test_settings_build_an_encoder_like_this_one(any_encoder: Encoder) -> None:
         again.build(weights=False)
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in any_encoder.named_parameters()}
     parts = {n.split(".")[0] for n, _ in again.named_parameters()}
-    assert parts == set(again.transformers_names) == {"vision", "projector", "language"}
+    assert parts == {"vision", "projector", "language"} <= set(again.transformers_names)
 
 
 def test_the_parts_lie_in_the_model_of_transformers_where_their_names_say(any_encoder: Encoder, request: pytest.FixtureRequest) -> None:

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as PILImage
 
 from lightning_mmgen.data.sources import ToyboxSource, write_jsonl
+from lightning_mmgen.prompt import Box, Record
 from lightning_mmgen.tools.data import check, preview
 from lightning_mmgen.toybox.tasks import TASKS
 
@@ -117,3 +118,13 @@ def test_preview_checks_its_arguments(file: Path) -> None:
         preview(str(file.parent / "gone.jsonl"), file.parent / "page.png")
     with pytest.raises(FileNotFoundError, match="toybox/gone is not an embedded part"):
         preview(str(file), file.parent / "page.png", encoder="toybox/gone")
+
+
+def test_preview_shows_crops_where_asked(tmp_path: Path) -> None:
+    target = PILImage.new("RGB", (40, 20), (255, 0, 0))
+    target.paste((0, 200, 0), (0, 0, 8, 8))  # outside the square that is the target, inside the box
+    record = Record("a cat", target=target, caption="a cat", boxes=(Box("cat", 0, 0, 8, 8),))
+    path = write_jsonl([record] * 8, tmp_path)
+    plain, crops = (preview(str(path), tmp_path / f"{c}.png", target_size=20, crops=c) for c in (False, True))
+    green = (0, 200, 0)
+    assert green not in colours(plain) and green in colours(crops)

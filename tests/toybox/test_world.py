@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL.Image import Image
 
+from lightning_mmgen.data.crops import Cropping, CropRecipe
 from lightning_mmgen.data.images import open_picture
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.render import draw, portrait, signed_distance
@@ -26,6 +27,7 @@ from lightning_mmgen.toybox.world import (
     trait_error,
 )
 
+PLAIN = Cropping(head_share=0, augmented_share=0, control_share=0)
 TOY = Toy("star", "red", "striped", hue=3.0, pitch=1.7, phase=0.3, outline=0.05, aspect=0.1)
 SCENE = Scene((Placed(TOY, "large", 32.0, 32.0),), "white", "flat", "in the centre")
 
@@ -139,17 +141,19 @@ def test_every_task_yields_valid_records(task: str, held: bool) -> None:
     for seed in range(8):
         record = TASKS[task](np.random.default_rng(seed), held)
         scene = truth(record).scene
-        assert record.task == task and record.caption in (None, scene.caption())
+        assert record.task == task and record.caption in (None, scene.caption(), record.instruction)
         assert (record.target is None) == (record.question is not None)
         for reference in record.references:
             assert isinstance(reference.image, Image) and min(open_picture(reference.image).size) >= 12
         if record.target is not None:
             assert np.array_equal(np.array(open_picture(record.target)), draw(scene)[0])
-            assert [b.phrase for b in record.boxes] == [p.toy.words() for p in scene.toys]
+            assert all(b.phrase in (p.toy.words(), p.toy.shape, "toy") for b, p in zip(record.boxes, scene.toys, strict=True))
+            assert all(b.start is None or record.instruction[b.start :].startswith(b.phrase) for b in record.boxes)
             assert all(0 <= b.left < b.right <= 64 and 0 <= b.top < b.bottom <= 64 for b in record.boxes)
         if not (task == "edit" and held):  # an edit may lead from the held-out to any other combination
             assert held_out(tuple(p.toy for p in scene.toys)) == held
-        assert all(k < len(scene.toys) and m in {r.marker for r in record.references} for k, m in truth(record).shown)
+        shown = CropRecipe(16, 16, cropping=PLAIN).compose(record, None, np.random.default_rng(0)) if task == "crops" else record
+        assert all(k < len(scene.toys) and m in {r.marker for r in shown.references} for k, m in truth(record).shown)
 
 
 def test_measures_are_the_traits_that_show_on_a_scale_of_ten() -> None:
