@@ -7,8 +7,8 @@ Everything that the framework trains on is such a record, whatever the method.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from PIL.Image import Image
@@ -158,6 +158,22 @@ class Record:
         """Every picture that the record holds or names."""
         held = (*(r.image for r in self.references), self.target, self.mask, *self.controls.values(), *(b.mask for b in self.boxes))
         return [picture for picture in held if picture is not None]
+
+    def map_pictures(self, change: Callable[[Picture, str], Picture]) -> Record:
+        """The record with every picture replaced by ``change(picture, name)``; names are ``ref1`` (its marker), ``target``, ``mask``,
+        the kind of a control, ``box0`` (the mask of the first box)."""
+
+        def changed(picture: Picture | None, name: str) -> Picture | None:
+            return None if picture is None else change(picture, name)
+
+        return replace(
+            self,
+            references=tuple(replace(r, image=change(r.image, f"ref{r.marker}")) for r in self.references),
+            target=changed(self.target, "target"),
+            mask=changed(self.mask, "mask"),
+            controls={kind: change(picture, kind) for kind, picture in self.controls.items()},
+            boxes=tuple(box._replace(mask=changed(box.mask, f"box{i}")) for i, box in enumerate(self.boxes)),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain types, without empty fields; pictures must be paths.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..prompt import Record
 
@@ -56,6 +58,7 @@ class Journal:
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / shard.name("journal", ".jsonl")
         self.counts: Counter[str] = Counter()
+        self.notes: defaultdict[str, list[float]] = defaultdict(list)
         self.done: set[str] = set()
         head = json.dumps({"settings": settings}, sort_keys=True)
         if self.path.is_file():
@@ -73,8 +76,7 @@ class Journal:
                 if number == 0 and row != json.loads(head):
                     raise ValueError(f"{self.out}: was begun with other settings ({_differing(row, json.loads(head))}); give another --out")
                 if number:
-                    self.done.add(row["key"])
-                    self.counts.update(row["counts"])
+                    self._count(row["key"], row["counts"], row.get("notes", {}))
                 end += len(line)
         os.truncate(self.path, end)
         if not end:
@@ -84,13 +86,19 @@ class Journal:
         """The items of this shard that are not done yet, in order."""
         return [item for item in items[self.shard.index :: self.shard.count] if key(item) not in self.done]
 
-    def add(self, key: str, records: Iterable[Record], counts: dict[str, int]) -> None:
-        """Note an item as done, with the records that it gave (perhaps none) and its counts by name. Their pictures are files already."""
-        rows = [record.to_json() for record in records]
+    def add(self, key: str, records: Iterable[Record], counts: dict[str, int], notes: Mapping[str, Sequence[float]] = {}) -> None:
+        """Note an item as done, with the records that it gave (perhaps none) and its counts by name. Their pictures are files already.
+        ``notes`` are numbers about the item, scores say, by name; the report has their quantiles."""
+        row = {"key": key, "counts": counts, "notes": dict(notes), "records": [record.to_json() for record in records]}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "counts": counts, "records": rows}, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._count(key, counts, notes)
+
+    def _count(self, key: str, counts: Mapping[str, int], notes: Mapping[str, Sequence[float]]) -> None:
         self.done.add(key)
         self.counts.update(counts)
+        for name, numbers in notes.items():
+            self.notes[name] += numbers
 
     def finish(self) -> Path | None:
         """Write this shard's records and counts; when every shard's are there, ``records.jsonl`` and ``counts.json`` of the whole.
@@ -119,9 +127,15 @@ class Journal:
                 yield from (json.dumps(row, ensure_ascii=False) + "\n" for row in json.loads(line)["records"])
 
     def report(self) -> str:
-        """The counts, a line each."""
+        """The counts, a line each, and quantiles of what was noted."""
         width = max(map(len, self.counts), default=0)
-        return "\n".join(f"{name:<{width}}  {count:>8}" for name, count in self.counts.items())
+        lines = [f"{name:<{width}}  {count:>8}" for name, count in self.counts.items()]
+        return "\n".join(lines + [f"{name}: {_quantiles(numbers)}" for name, numbers in self.notes.items()])
+
+
+def _quantiles(numbers: Sequence[float]) -> str:
+    at = [0.05, 0.25, 0.5, 0.75, 0.95]
+    return ", ".join(f"{share:.0%} below {q:.3g}" for share, q in zip(at, np.quantile(numbers, at).tolist(), strict=True))
 
 
 def adopt(picture: Path, out: Path, name: str) -> str:

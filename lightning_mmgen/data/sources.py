@@ -7,6 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -236,25 +237,16 @@ def write_jsonl(records: Iterable[Record], folder: str | Path) -> Path:
     folder = Path(folder)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
 
-    def save(picture: Picture, name: str) -> str:
+    def save(row: int, picture: Picture, name: str) -> str:
         if isinstance(picture, str):
             return picture
-        open_picture(picture).save(folder / "pictures" / name)
-        return f"pictures/{name}"
+        path = f"pictures/{row:06d}_{name}.png"
+        open_picture(picture).save(folder / path)
+        return path
 
     with (folder / "records.jsonl").open("w", encoding="utf-8") as file:
         for i, record in enumerate(records):
-            written = replace(
-                record,
-                references=tuple(replace(r, image=save(r.image, f"{i:06d}_ref{r.marker}.png")) for r in record.references),
-                target=None if record.target is None else save(record.target, f"{i:06d}_target.png"),
-                mask=None if record.mask is None else save(record.mask, f"{i:06d}_mask.png"),
-                controls={kind: save(picture, f"{i:06d}_{kind}.png") for kind, picture in record.controls.items()},
-                boxes=tuple(
-                    b if b.mask is None else b._replace(mask=save(b.mask, f"{i:06d}_box{k}.png")) for k, b in enumerate(record.boxes)
-                ),
-                extra={},
-            )
+            written = replace(record, extra={}).map_pictures(partial(save, i))
             file.write(json.dumps(written.to_json(), ensure_ascii=False) + "\n")
     return folder / "records.jsonl"
 

@@ -1,6 +1,6 @@
 """torchmetrics classes."""
 
-from .clip import CLIPSimilarity
+from .clip import CLIPSimilarity, PickScore
 from .following import ToyboxFollowing
 
-__all__ = ["CLIPSimilarity", "ToyboxFollowing"]
+__all__ = ["CLIPSimilarity", "PickScore", "ToyboxFollowing"]

@@ -1,4 +1,4 @@
-"""CLIP-T: how well pictures fit their captions."""
+"""CLIP-T and PickScore: how well pictures fit their captions."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ class CLIPSimilarity(Metric):
 
     Args:
         pretrained: hub name, folder, or ``toybox/clip``.
+        tokenizer: the same for the tokenizer; the CLIP's own by default.
     """
 
     full_state_update = False
     total: Tensor
     count: Tensor
 
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14") -> None:
+    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
         super().__init__()
         from transformers import AutoTokenizer, CLIPModel
 
         self.clip = CLIPModel.from_pretrained(locate(pretrained)).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(locate(pretrained))
+        self.tokenizer = AutoTokenizer.from_pretrained(locate(tokenizer or pretrained))
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -59,3 +60,26 @@ class CLIPSimilarity(Metric):
     def compute(self) -> Tensor:
         """The mean over all pictures."""
         return (self.total / self.count).float()
+
+
+class PickScore(CLIPSimilarity):
+    """Mean PickScore (Kirstain et al. 2023, arXiv 2305.01569): the cosine of a CLIP tuned on people's choices, times e to its logit scale.
+
+    Args:
+        pretrained: hub name or folder.
+        tokenizer: the same for the tokenizer; by default the CLIP's own, and for ``PickScore.HUB`` that of the CLIP it was tuned from,
+            as its model card says.
+    """
+
+    HUB, TUNED_FROM = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+    def __init__(self, pretrained: str = HUB, tokenizer: str | None = None) -> None:
+        super().__init__(pretrained, tokenizer or (self.TUNED_FROM if pretrained == self.HUB else None))
+
+    @torch.no_grad()
+    def similarity(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """The score of each picture [b, 3, H, W] in [-1, 1] with its caption, [b]; of an oblong picture the square in its middle counts."""
+        h, w = pictures.shape[-2:]
+        s = min(h, w)
+        square = pictures[..., (h - s) // 2 : (h + s) // 2, (w - s) // 2 : (w + s) // 2]
+        return self.clip.logit_scale.exp() * super().similarity(square, captions)

@@ -6,6 +6,8 @@ import argparse
 import os
 import sys
 
+DTYPES = ["float32", "float16", "bfloat16"]
+
 
 def parser() -> argparse.ArgumentParser:
     """All sub-commands."""
@@ -52,8 +54,11 @@ def parser() -> argparse.ArgumentParser:
     preview.add_argument("--count", type=int, default=12, help="records")
     preview.add_argument("--crops", action="store_true", help="as CropDataModule trains on them: crops before their words")
 
-    build = subs.add_parser("build", help="make records").add_subparsers(dest="builder", required=True, metavar="BUILDER")
+    build = subs.add_parser("build", help="make records").add_subparsers(dest="action", required=True, metavar="ACTION")
     _crops(build.add_parser("crops", help="captioned pictures to records with the boxes of their phrases"))
+    _synthetic(build.add_parser("synthetic", help="pictures that a text-to-image model draws of contents in styles"))
+    _photos(build.add_parser("photos", help="a folder of pictures, filtered, cropped around people and captioned"))
+    _masks(build.add_parser("masks", help="a segmentation of every box of records"))
     return top
 
 
@@ -75,6 +80,62 @@ def _crops(crops: argparse.ArgumentParser) -> None:
     crops.add_argument("--workers", type=int, default=0, help="processes that read pictures")
     crops.add_argument("--device", default="cpu", help="where the detector runs")
     crops.add_argument("--shard", default="0/1", metavar="i/n", help="part i of n, which run side by side into one --out")
+
+
+def _synthetic(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--contents", required=True, metavar="FILE", help="what to draw, one a line")
+    command.add_argument("--styles", required=True, metavar="FILE", help="styles to draw it in, one a line")
+    command.add_argument("--styles-per-content", type=int, metavar="K", help="different styles for each content; all by default")
+    command.add_argument("--model", required=True, help="a text-to-image pipeline of diffusers: hub name or folder")
+    command.add_argument("--steps", type=int, help="denoising steps; the pipeline's own by default")
+    command.add_argument("--guidance", type=float, help="guidance scale; the pipeline's own by default")
+    command.add_argument("--height", type=int, help="pixels; the pipeline's own by default")
+    command.add_argument("--width", type=int, help="pixels; the pipeline's own by default")
+    command.add_argument("--dtype", choices=DTYPES, default="float16", help="of the pipeline's weights")
+    command.add_argument("--pickscore", default="yuvalkirstain/PickScore_v1", help="hub name or folder; an empty name scores nothing")
+    command.add_argument("--min-pickscore", type=float, help="drop pictures below it; the report has the quantiles to choose from")
+    command.add_argument("--seed", type=int, default=0, help="of the draw of styles and of the noise")
+    command.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
+    _common(command)
+
+
+def _photos(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", required=True, metavar="DIR", help="searched with all folders in it")
+    command.add_argument("--min-side", type=int, default=1024, help="least width and height, in pixels")
+    command.add_argument("--max-people", type=int, default=1)
+    command.add_argument("--person", default="person", help="what the detector is asked for")
+    command.add_argument("--detector", default="IDEA-Research/grounding-dino-base", help="a GroundingDINO: hub name or folder")
+    command.add_argument("--box-threshold", type=float, default=0.35)
+    command.add_argument("--text-threshold", type=float, default=0.25)
+    for name, label in (("watermark", "watermark"), ("unsafe", "nsfw")):
+        command.add_argument(f"--{name}", default="", metavar="MODEL", help="an image classifier: hub name or folder; no filter by default")
+        command.add_argument(f"--{name}-label", default=label, help=f"its class (default: {label})")
+        command.add_argument(f"--max-{name}", type=float, default=0.5, help="highest probability of the class")
+    command.add_argument(
+        "--captions", default="", metavar="FILE|DIR", help="JSONL rows {image, caption}, COCO JSON or a folder of .txt; else written"
+    )
+    command.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="a vision-language model: hub name or folder")
+    command.add_argument("--caption-prompt", default="Describe this picture in one sentence.")
+    command.add_argument("--caption-tokens", type=int, default=128, help="of the longest caption")
+    command.add_argument("--caption-dtype", choices=DTYPES, default="float16", help="of the captioner's weights")
+    command.add_argument("--format", choices=["jpeg", "png"], default="jpeg", help="of the crops; JPEG at quality 95")
+    command.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
+    command.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    _common(command)
+
+
+def _masks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--records", required=True, metavar="FILE")
+    command.add_argument("--model", default="facebook/sam-vit-base", help="a SAM: hub name or folder")
+    command.add_argument("--min-iou", type=float, default=0.8, help="leave out masks of which SAM expects a lower one")
+    command.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    _common(command)
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", required=True, metavar="DIR", help="of records.jsonl and pictures; a build goes on from what is there")
+    command.add_argument("--shard", default="0/1", metavar="I/N", help="build this part only; the last to finish joins all")
+    command.add_argument("--device", help="cuda where there is one by default")
 
 
 def main(argv: list[str]) -> int:
@@ -99,10 +160,9 @@ def run(args: argparse.Namespace) -> int:
         print(data.preview(args.file, args.out, args.encoder, args.image_tokens, args.target_size, args.count, args.crops))
         return 0
     if args.command == "build":
-        from ..build import crops
+        from .build import build
 
-        options = {k: v for k, v in vars(args).items() if k not in ("command", "builder")}
-        print(crops.build(crops.Options(**options)))
+        print(build(args))
         return 0
     if args.command == "encoders":
         from .encoders import table

@@ -33,6 +33,16 @@ def test_a_build_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     assert again.report().splitlines() == ["kept            2", "dropped         1"]
 
 
+def test_numbers_noted_about_items_are_reported_as_quantiles_after_a_restart_too(tmp_path: Path) -> None:
+    for item in range(21):
+        journal = Journal(tmp_path, {})
+        journal.add(str(item), [], {"seen": 1}, {"score": [item / 10]} if item % 2 else {"score": [item / 10], "other": [1.0, 1.0]})
+    for again in (journal, Journal(tmp_path, {})):
+        lines = again.report().splitlines()
+        assert lines[1] == "score: 5% below 0.1, 25% below 0.5, 50% below 1, 75% below 1.5, 95% below 1.9"
+        assert lines[2].startswith("other: 5% below 1, ") and len(lines) == 3
+
+
 def test_a_journal_killed_at_its_first_line_begins_anew(tmp_path: Path) -> None:
     (tmp_path / "journal.jsonl").write_text('{"sett')
     journal = Journal(tmp_path, {"a": 1})

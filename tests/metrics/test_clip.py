@@ -9,7 +9,7 @@ from PIL import Image as PILImage
 from torch import Tensor
 from transformers import CLIPImageProcessor, CLIPModel
 
-from lightning_mmgen.metrics import CLIPSimilarity
+from lightning_mmgen.metrics import CLIPSimilarity, PickScore
 from lightning_mmgen.pipeline import to_pil
 
 from ..conftest import CLIP_WORDS
@@ -68,3 +68,16 @@ def test_streaming_equals_one_batch(clip: Path, pictures: Tensor) -> None:
 def test_a_caption_longer_than_clip_reads_is_cut(clip: Path, pictures: Tensor) -> None:
     metric = CLIPSimilarity(str(clip))
     assert torch.isfinite(metric.similarity(pictures[:1], ["a red cat on " * 20])).all()
+
+
+def test_pickscore_is_the_formula_of_its_model_card(clip: Path, tmp_path: Path, pictures: Tensor) -> None:
+    model = CLIPModel.from_pretrained(clip)
+    model.logit_scale.data.fill_(3.0)
+    model.save_pretrained(tmp_path)
+    oblong = torch.cat([torch.ones(3, 3, 16, 4), pictures, torch.ones(3, 3, 16, 5)], -1)  # CLIP's processor cuts out the middle
+    for given in (pictures, oblong):
+        expected = np.exp(3.0) * np.array(plain(tmp_path, given, CAPTIONS))
+        metric = PickScore(str(tmp_path), tokenizer=str(clip))
+        torch.testing.assert_close(metric.similarity(given, CAPTIONS).double(), torch.tensor(expected), rtol=0, atol=0.2)
+        metric.update(given, CAPTIONS)
+        assert float(metric.compute()) == pytest.approx(expected.mean(), abs=0.2) and np.ptp(expected) > 1

@@ -1,0 +1,48 @@
+"""``mmgen build``: the builders of records, called with a command line's arguments."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any, TypeVar
+
+import torch
+
+from ..build.journal import Shard
+
+Settings = TypeVar("Settings")
+
+
+def build(args: argparse.Namespace) -> str:
+    """Run the builder that ``args.action`` names.
+
+    Returns:
+        Its report.
+
+    Raises:
+        ValueError: an argument out of its range, or what the builder raises.
+    """
+    if args.action == "crops":
+        from ..build import crops
+
+        return crops.build(crops.Options(**{key: value for key, value in vars(args).items() if key not in ("command", "action")}))
+    if getattr(args, "batch_size", 1) < 1 or getattr(args, "workers", 0) < 0:
+        raise ValueError("--batch-size must be 1 or more, --workers 0 or more")
+    run: dict[str, Any] = {"device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"), "shard": Shard.parse(args.shard)}
+    if hasattr(args, "workers"):
+        run["workers"] = args.workers
+    if args.action == "synthetic":
+        from ..build.synthetic import Synthetic, build_synthetic
+
+        return build_synthetic(_settings(Synthetic, args), args.out, **run)
+    if args.action == "photos":
+        from ..build.photos import Photos, build_photos
+
+        return build_photos(_settings(Photos, args), args.out, **run)
+    from ..build.masks import Masks, build_masks
+
+    return build_masks(_settings(Masks, args), args.out, **run)
+
+
+def _settings(kind: type[Settings], args: argparse.Namespace) -> Settings:
+    return kind(**{field.name: getattr(args, field.name) for field in fields(kind)})  # type: ignore[arg-type]
