@@ -163,16 +163,20 @@ def place_of(box: Box, record: Record) -> int | None:
 
 
 Window = tuple[int, int, int, int]
+"""Left, top, right and bottom in pixels of a picture."""
 
 
 def _window(size: tuple[int, int], boxes: tuple[Box, ...]) -> Window:
-    """Left, top, right and bottom of the largest square of a picture, as near to the middle of its boxes as it can be."""
-    side, corner = min(size), []
-    for axis, length in enumerate(size):
-        low = min((b[1 + axis] for b in boxes), default=0.0)
-        high = max((b[3 + axis] for b in boxes), default=float(length))
-        corner.append(min(max(round((low + high - side) / 2), 0), length - side))
-    return corner[0], corner[1], corner[0] + side, corner[1] + side
+    """The largest square of a picture, as near to the middle of its boxes as it can be."""
+    side = min(size)
+
+    def begin(length: int, low: list[float], high: list[float]) -> int:
+        middle = (min(low) + max(high)) / 2 if low else length / 2
+        return min(max(round(middle - side / 2), 0), length - side)
+
+    left = begin(size[0], [b.left for b in boxes], [b.right for b in boxes])
+    top = begin(size[1], [b.top for b in boxes], [b.bottom for b in boxes])
+    return left, top, left + side, top + side
 
 
 def _share_inside(box: Box, window: Window) -> float:

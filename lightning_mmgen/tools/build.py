@@ -22,13 +22,14 @@ def build(args: argparse.Namespace) -> str:
     Raises:
         ValueError: an argument out of its range, or what the builder raises.
     """
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.action == "crops":
         from ..build import crops
 
         return crops.build(crops.Options(**{key: value for key, value in vars(args).items() if key not in ("command", "action")}))
     if getattr(args, "batch_size", 1) < 1 or getattr(args, "workers", 0) < 0:
         raise ValueError("--batch-size must be 1 or more, --workers 0 or more")
-    run: dict[str, Any] = {"device": args.device or ("cuda" if torch.cuda.is_available() else "cpu"), "shard": Shard.parse(args.shard)}
+    run: dict[str, Any] = {"device": args.device, "shard": Shard.parse(args.shard)}
     if hasattr(args, "workers"):
         run["workers"] = args.workers
     if args.action == "synthetic":

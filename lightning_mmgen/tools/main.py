@@ -78,7 +78,7 @@ def _crops(crops: argparse.ArgumentParser) -> None:
     crops.add_argument("--min-head-area", type=float, default=1024, help="least area of a head in square pixels")
     crops.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
     crops.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    crops.add_argument("--device", default="cpu", help="where the detector runs")
+    crops.add_argument("--device", help="where the detector runs; a GPU where there is one, by default")
     crops.add_argument("--shard", default="0/1", metavar="i/n", help="part i of n, which run side by side into one --out")
 
 
