@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,14 +70,18 @@ RUNS: dict[str, list[str]] = {
 """Variants of stage 1; the toybox's overlay trains every row at one rate."""
 
 
+def checkpoint(folder: Path) -> Path:
+    return folder / "run" / "checkpoints" / "last.ckpt"
+
+
 def fit(folder: Path, seed: int, steps: int, files: list[str], more: list[str]) -> MultimodalDiffusion:
     """One training, or what it left."""
-    last = folder / "checkpoints" / "last.ckpt"
+    last = checkpoint(folder)
     if not last.is_file():
         args = [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
         args += [f"--seed_everything={seed}", f"{DATA}.seed={seed}", f"--trainer.max_steps={steps}"]
         args += ["--trainer.callbacks={class_path: EMA, init_args: {decay: 0.99}}", "--trainer.enable_progress_bar=false"]
-        args += [f"--trainer.logger.init_args.{k}={v}" for k, v in (("save_dir", folder.parent), ("name", folder.name), ("version", "''"))]
+        args += [f"--trainer.logger.init_args.{k}={v}" for k, v in (("save_dir", folder.parent), ("name", folder.name), ("version", "run"))]
         lightning(["fit", *args, *more]).trainer.save_checkpoint(last)
     return load_module(last)
 
@@ -242,7 +246,7 @@ def stage_1(job: Job) -> Scores:
 
 def stage_2(job: Job) -> Scores:
     """Stage 2 from stage 1 with four times the tokens, or (its control) with as many as before."""
-    more = [f"{MODEL}.start={job.of('stage 1') / 'checkpoints' / 'last.ckpt'}"]
+    more = [f"{MODEL}.start={checkpoint(job.of('stage 1'))}"]
     if job.name != "stage 2":
         more.append(f"{MODEL}.encoder.init_args.image_tokens=25")
     files = ["mumu_stage2.yaml", "overlays/toybox.yaml", "overlays/toybox_mumu_stage2.yaml"]
@@ -260,7 +264,7 @@ def fine_tune(job: Job) -> Scores:
     rows.append({"match": "unet", "train": "full", "lr": 3e-4})
     more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}"]
     tuned = fit(job.folder, job.seed, job.steps, ["instruct.yaml"], more)
-    module = load_module(job.of("stage 1") / "checkpoints" / "last.ckpt")
+    module = load_module(checkpoint(job.of("stage 1")))
     tuned.unet.save_pretrained(job.folder / "unet")
     if not (job.folder / "merged").exists():
         export(module, job.folder / "export")
@@ -344,8 +348,8 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for wave in waves:
             jobs = [Job(name, seed, runs, args.steps, args.count, threads) for seed in args.seeds for name in wave]
-            for done in [pool.submit(work, job) for job in jobs]:
-                done.result()
+            for done in as_completed([pool.submit(work, job) for job in jobs]):
+                done.result()  # stops at the first that fails
     names = [name for wave in waves for name in wave]
     scores = {(n, s): json.loads((Job(n, s, runs, 0, 0, 0).folder / "scores.json").read_text()) for n in names for s in args.seeds}
     curve = {n: [scores["stage 1" if n == 25 else f"{n} tokens", s]["crops consistency"] for s in args.seeds] for n in TOKENS}
