@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from .captions import Caption, Edges, Found, Scene, coco_captions, line, read_json, read_jsonl
+from ..data.images import Edges
+from .captions import Caption, Found, Scene, coco_captions, line, read_json, read_jsonl
 from .phrases import bare, is_person
 from .words import COCO, KIND_OF, PERSONS, WITHOUT_PLURAL, plural
 

@@ -14,10 +14,10 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..data.images import open_picture
+from ..data.images import Edges, open_picture
 from ..prompt import MARKER, Box, Record, RecordError
 from .boxes import area, guess, read_boxes
-from .captions import Caption, Edges, Found, Scene, read_captions
+from .captions import Caption, Found, Scene, read_captions
 from .detector import Detection, Detector
 from .journal import Journal, Shard, adopt
 from .phrases import Parser, Phrase, is_person

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
-from ..data.images import open_picture
+from ..data.images import open_picture, square_around
 from ..models.weights import locate
 from ..prompt import MARKER, Record, RecordError
 from .captions import ENDINGS, read_captions
-from .detector import Detection, Detector
+from .detector import Detector
 from .journal import Journal, Shard
 
 
@@ -169,17 +169,7 @@ class People:
         for photo, image, people in zip(photos, images, self.detector.detect(images, [[self.person]] * len(images)), strict=True):
             if len(people) > self.most:
                 photo.rule = "over --max-people"
-            photo.image = square_around(image, people)
-
-
-def square_around(image: Image, people: Sequence[Detection]) -> Image:
-    """The largest square of a picture, its centre as near as can be to that of the people's boxes, or else of the picture."""
-    left, right = min((p.left for p in people), default=0), max((p.right for p in people), default=image.width)
-    top, bottom = min((p.top for p in people), default=0), max((p.bottom for p in people), default=image.height)
-    side = min(image.size)
-    x = round(min(max((left + right - side) / 2, 0), image.width - side))
-    y = round(min(max((top + bottom - side) / 2, 0), image.height - side))
-    return image.crop((x, y, x + side, y + side))
+            photo.image = image.crop(square_around(image.size, [(p.left, p.top, p.right, p.bottom) for p in people]))
 
 
 class Captioner:

@@ -16,7 +16,7 @@ from ..models.encoder import Encoder
 from ..prompt import CONTROLS, Box, Record, RecordError, Reference
 from .controls import makers
 from .datamodule import MultimodalDataModule, Recipe
-from .images import open_picture
+from .images import open_picture, square_around
 from .sources import Source
 
 
@@ -107,7 +107,7 @@ class CropRecipe(Recipe):
         for box in record.boxes:
             if not _share_inside(box, (0, 0, *target.size)):
                 raise RecordError(f"the box of {box.phrase!r} lies outside the target of {target.width} x {target.height} pixels")
-        left, top, right, bottom = window = _window(target.size, record.boxes)
+        left, top, right, bottom = window = square_around(target.size, [b[1:5] for b in record.boxes])
         if (right - left, bottom - top) == target.size:
             return target, record
         boxes = tuple(_shifted(b, window, root) for b in record.boxes if _share_inside(b, window) >= 0.5)
@@ -164,19 +164,6 @@ def place_of(box: Box, record: Record) -> int | None:
 
 Window = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels of a picture."""
-
-
-def _window(size: tuple[int, int], boxes: tuple[Box, ...]) -> Window:
-    """The largest square of a picture, as near to the middle of its boxes as it can be."""
-    side = min(size)
-
-    def begin(length: int, low: list[float], high: list[float]) -> int:
-        middle = (min(low) + max(high)) / 2 if low else length / 2
-        return min(max(round(middle - side / 2), 0), length - side)
-
-    left = begin(size[0], [b.left for b in boxes], [b.right for b in boxes])
-    top = begin(size[1], [b.top for b in boxes], [b.bottom for b in boxes])
-    return left, top, left + side, top + side
 
 
 def _share_inside(box: Box, window: Window) -> float:

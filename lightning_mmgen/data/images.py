@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..prompt import Picture, RecordError
+
+Edges = tuple[float, float, float, float]
+"""Left, top, right and bottom of a box, in pixels."""
 
 MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
@@ -102,3 +106,17 @@ def pixels(picture: Picture, side: int | None = None, root: Path | None = None) 
         image = pad_square(image)
         image = image if image.size == (side, side) else image.resize((side, side), PILImage.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def square_around(size: tuple[int, int], edges: Sequence[Edges]) -> tuple[int, int, int, int]:
+    """The largest square of a picture of this size (width, height), as near to the middle of these boxes, or else of the picture, as it can
+    be: left, top, right, bottom in pixels."""
+    side = min(size)
+
+    def begin(length: int, low: list[float], high: list[float]) -> int:
+        middle = (min(low) + max(high)) / 2 if low else length / 2
+        return round(min(max(middle - side / 2, 0), length - side))
+
+    left = begin(size[0], [e[0] for e in edges], [e[2] for e in edges])
+    top = begin(size[1], [e[1] for e in edges], [e[3] for e in edges])
+    return left, top, left + side, top + side

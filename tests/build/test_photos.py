@@ -21,9 +21,10 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from lightning_mmgen.build.detector import Detection, Detector
+from lightning_mmgen.build.detector import Detector
 from lightning_mmgen.build.journal import Journal
-from lightning_mmgen.build.photos import Captioner, square_around
+from lightning_mmgen.build.photos import Captioner
+from lightning_mmgen.data.images import square_around
 from lightning_mmgen.data.sources import JSONLSource
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.tools.data import check
@@ -142,11 +143,10 @@ def test_pictures_of_more_people_are_dropped_and_others_cropped_around_theirs(
         ([(0, 0, 10, 9), (60, 3, 70, 40)], (15, 0)),
     ],
 )
-def test_the_square_is_centred_on_people_and_stays_inside(edges: list[tuple[float, ...]], corner: tuple[int, int]) -> None:
-    picture = noise(0, 100, 40)
-    square = square_around(picture, [Detection(0, *some, 1.0) for some in edges])
+def test_the_square_is_centred_on_people_and_stays_inside(edges: list[tuple[float, float, float, float]], corner: tuple[int, int]) -> None:
     x, y = corner
-    np.testing.assert_array_equal(np.asarray(square), np.asarray(picture)[y : y + 40, x : x + 40])
+    assert square_around((100, 40), edges) == (x, y, x + 40, y + 40)
+    assert square_around((40, 100), [(b, a, d, c) for a, b, c, d in edges]) == (y, x, y + 40, x + 40)
 
 
 def test_a_classifier_drops_what_is_over_its_limit(
