@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..prompt import CONTROLS, Picture, Record, RecordError, from_json
+from ..prompt import Picture, Record, RecordError, from_json
 from .images import open_picture
 
 
@@ -184,8 +184,7 @@ class ToyboxSource(Source):
         return self.length
 
     def record(self, index: int, epoch: int = 0) -> Record:
-        from ..toybox.render import draw
-        from ..toybox.tasks import TASKS, control_image
+        from ..toybox.tasks import TASKS, ControlImages
 
         rng = np.random.default_rng((self.seed, 0 if self.held_out else epoch, index, int(self.held_out)))
         share = np.cumsum(list(self.tasks.values()))
@@ -194,9 +193,7 @@ class ToyboxSource(Source):
         if self.swap_references:
             record = self._swapped(record, task, rng)
         if self.controls:
-            scene = record.extra["truth"].scene
-            drawn = draw(scene)
-            record = replace(record, controls={kind: control_image(scene, kind, drawn) for kind in CONTROLS})
+            record = replace(record, controls=ControlImages(record.extra["truth"].scene))
         return replace(record, id=f"{task}-{index:05d}")
 
     def with_people(self) -> list[int]:

@@ -5,7 +5,7 @@ The truth (:class:`Truth`) travels in ``record.extra["truth"]``, for the oracle 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from ..prompt import Box, Record, Reference
+from ..prompt import CONTROLS, Box, Picture, Record, Reference
 from .render import SIDE, draw, portrait
 from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Scene, Toy, held_out, place, random_scene
 
@@ -88,12 +88,13 @@ def subject(rng: np.random.Generator, held: bool) -> Record:
 
 
 def crops(rng: np.random.Generator, held: bool) -> Record:
-    """MUMU's records: a caption that names the toys wholly, by their shape, or only as toys, and where its phrases lie. What the words
-    leave out is for crops of the target to show, which :class:`~lightning_mmgen.data.crops.CropRecipe` puts before them."""
+    """MUMU's records: a caption that names the toys wholly, by their shape, or only as toys, and the style in half of them; and where its
+    phrases lie. What the words leave out is for crops of the target to show, which :class:`~lightning_mmgen.data.crops.CropRecipe` puts
+    before them."""
     scene = random_scene(rng, held=held)
     how = str(rng.choice(["wholly", "shape", "toy"]))
     names = [{"wholly": p.toy.words(), "shape": p.toy.shape, "toy": "toy"}[how] for p in scene.toys]
-    text, at, where = scene.caption(names), 0, []
+    text, at, where = scene.caption(names, style=bool(rng.random() < 0.5)), 0, []
     for name, box in zip(names, boxes(scene), strict=True):
         at = text.index(f"{name} ", at)
         where.append(box._replace(phrase=name, start=at))
@@ -120,9 +121,9 @@ def style_transfer(rng: np.random.Generator, held: bool) -> Record:
     return _record("style_transfer", text, scene, refs, Truth(scene, tuple((k, 2) for k in range(len(scene.toys))), False, True))
 
 
-def control_image(scene: Scene, kind: str, drawn: tuple[Any, list[Any]] | None = None) -> Image:
-    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture; ``drawn`` is what :func:`draw` gave."""
-    pixels, masks = drawn or draw(scene)
+def control_image(scene: Scene, kind: str) -> Image:
+    """The scene's ``mask``, ``depth`` (near is bright), ``edge`` or ``sketch`` as a grey picture."""
+    pixels, masks = draw(scene)
     if kind == "mask":
         return _mask(np.maximum.reduce(masks))
     if kind == "depth":
@@ -272,6 +273,24 @@ def _where(scene: Scene, placed: Placed) -> str:
         return scene.place
     first = placed is scene.toys[0]
     return {"left of": ("on the left", "on the right"), "above": ("at the top", "at the bottom")}[scene.place][not first]
+
+
+class ControlImages(Mapping[str, Picture]):
+    """A scene's edge, depth and sketch pictures, each drawn when it is asked for."""
+
+    def __init__(self, scene: Scene) -> None:
+        self.scene = scene
+
+    def __getitem__(self, kind: str) -> Picture:
+        if kind not in CONTROLS:
+            raise KeyError(kind)
+        return control_image(self.scene, kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CONTROLS)
+
+    def __len__(self) -> int:
+        return len(CONTROLS)
 
 
 TASKS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
