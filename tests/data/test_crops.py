@@ -196,6 +196,9 @@ def test_people_are_drawn_more_often(tmp_path: Path) -> None:
     assert all(drawn[i] == DRAWS // 18 for i in range(6))
     assert all(abs(drawn[i] / (DRAWS // 18) - 3) < 0.25 for i in range(6, 10))
     assert len({tuple(data.train.row(i, e) for i in range(10, 18)) for e in range(5)}) > 1  # others each epoch
+    with Path(path).open("a") as file:
+        file.write('{"instruction": "a person", "target": "gone.png"}\n{"person"\n')  # no box; no JSON
+    assert JSONLSource(path).with_people() == [6, 7, 8, 9] and ToyboxSource({"crops": 1.0}).with_people() == []
     with pytest.raises(ValueError, match="less than once"):
         Repeated(JSONLSource(path), [1], 0.5, 0)
 
