@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
@@ -50,9 +52,13 @@ class ToyboxFollowing(Metric):
         return out
 
 
-def interval(values: Tensor, draws: int = 1000) -> Tensor:
-    """Half the width of the 95 % bootstrap confidence interval of the mean of ``values`` [n], whatever their order."""
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    means = np.sort(values.double().cpu().numpy())[picks].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+def interval(values: Tensor, draws: int = 1000, of: Callable[[NDArray[Any]], NDArray[Any]] = np.ravel) -> Tensor:
+    """Half the width of the 95 % bootstrap confidence interval of the mean of ``values`` [n], whatever their order.
+
+    Of ``values`` [n, k], that of a function ``of`` their k means: [draws, k] -> [draws].
+    """
+    rows = values.double().cpu().numpy().reshape(len(values), -1)
+    picks = np.random.default_rng(0).integers(len(rows), size=(draws, len(rows)))
+    means = rows[np.lexsort(rows.T)][picks].mean(1)
+    low, high = np.percentile(of(means), [2.5, 97.5])
     return torch.tensor((high - low) / 2)
