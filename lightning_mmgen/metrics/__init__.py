@@ -1,7 +1,7 @@
 """torchmetrics classes, and the ratings that go into them."""
 
 from .clip import CLIPSimilarity, PickScore
-from .following import ToyboxFollowing
+from .following import ToyboxFollowing, toybox_rating
 from .ratings import Ratings, fleiss_kappa, krippendorff_alpha, read_ratings
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "fleiss_kappa",
     "krippendorff_alpha",
     "read_ratings",
+    "toybox_rating",
 ]
