@@ -1,17 +1,22 @@
-"""Instruction following and object consistency on the toybox, read by its oracle."""
+"""Instruction following, object consistency, SC and PQ on the toybox, read by its oracle."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from ..toybox.oracle import score
+from ..toybox.oracle import Reading, judge, read, score
+from ..toybox.render import draw
 from ..toybox.tasks import Truth
+from ..toybox.world import Placed, Scene
 
 
 class ToyboxFollowing(Metric):
@@ -50,9 +55,46 @@ class ToyboxFollowing(Metric):
         return out
 
 
-def interval(values: Tensor, draws: int = 1000) -> Tensor:
-    """Half the width of the 95 % bootstrap confidence interval of the mean of ``values`` [n], whatever their order."""
-    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
-    means = np.sort(values.double().cpu().numpy())[picks].mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+SHOWN = 0.8  # consistency of a toy that is the one shown: another toy of the same words has 0.67 on average
+CLEAN, RECOGNISABLE = 0.06, 0.25  # at most this share of the toys' contrast is unexplained
+
+
+def toybox_rating(picture: NDArray[np.uint8], truth: Truth) -> tuple[float, float]:
+    """The oracle's SC and PQ of a picture [64, 64, 3], each 0, 0.5 or 1, by ImagenHub's guideline.
+
+    SC is the degree of the least satisfied condition. Each toy is one condition, partly satisfied (0.5) if at least half of its parts are:
+    every attribute that is asked for, and its likeness where a reference shows it. Background, style, place and count hold or do not.
+    PQ is 1 if the picture is one that the renderer could have made, 0.5 if its toys are recognisable, else 0 (see :func:`unexplained`).
+    """
+    seen = read(picture)
+    scored = judge(seen, truth)
+    parts: defaultdict[str, list[bool]] = defaultdict(list)
+    for name, holds in scored.conditions.items():  # "colour 1" is a part of toy 1
+        parts[name.split()[-1]].append(holds)
+    for (k, _), consistency in zip(truth.shown, scored.consistency, strict=True):
+        parts[str(k + 1)].append(consistency >= SHOWN)
+    least = min(sum(p) / len(p) for p in parts.values())
+    error = unexplained(picture, seen)
+    return 1.0 if least == 1 else 0.5 * (least >= 0.5), 1.0 if error <= CLEAN else 0.5 * (error <= RECOGNISABLE)
+
+
+def unexplained(picture: NDArray[np.uint8], seen: Reading) -> float:
+    """How badly a rendering of what the oracle read in it explains a picture [64, 64, 3]: squared error over the toys' squared contrast.
+
+    Near 0 for a clean rendering, 1 for one that explains no more than an empty ground would; infinite where no toy is read.
+    """
+    toys = tuple(Placed(s.toy, s.size, s.x, s.y) for s in seen.toys)
+    rendered, ground = (draw(Scene(t, seen.background, seen.style, ""))[0].astype(np.float64) for t in (toys, ()))
+    return float(((picture - rendered) ** 2).sum() / ((rendered - ground) ** 2).sum()) if toys else float("inf")
+
+
+def interval(values: Tensor, draws: int = 1000, of: Callable[[NDArray[Any]], NDArray[Any]] = np.ravel) -> Tensor:
+    """Half the width of the 95 % bootstrap confidence interval of the mean of ``values`` [n], whatever their order.
+
+    Of ``values`` [n, k], that of a function ``of`` their k means: [draws, k] -> [draws].
+    """
+    rows = values.double().cpu().numpy().reshape(len(values), -1)
+    picks = np.random.default_rng(0).integers(len(rows), size=(draws, len(rows)))
+    means = rows[np.lexsort(rows.T)][picks].mean(1)
+    low, high = np.percentile(of(means), [2.5, 97.5])
     return torch.tensor((high - low) / 2)

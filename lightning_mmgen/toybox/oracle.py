@@ -193,7 +193,12 @@ def score(picture: NDArray[np.uint8], truth: Truth) -> Score:
     stated. Consistency of a toy that a reference shows: 1 - the mean error of its unnamed traits, each over its range; 0 where no toy of
     its shape and colour is found.
     """
-    reading, scene = read(picture), truth.scene
+    return judge(read(picture), truth)
+
+
+def judge(reading: Reading, truth: Truth) -> Score:
+    """:func:`score` of what was read in a picture."""
+    scene = truth.scene
     matched = _match(reading, truth)
     conditions: dict[str, bool] = {"background": reading.background == scene.background}
     if truth.style:
