@@ -120,6 +120,15 @@ class JSONLSource(Source):
         return self.lines.digest
 
 
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 class DatasetSource(Source):
     """A parquet file, or a folder or hub name of the ``datasets`` library, whose columns are a record's fields.
 
@@ -165,11 +174,7 @@ class DatasetSource(Source):
     def fingerprint(self) -> str:
         if not self.path.endswith(".parquet"):
             return str(self.rows._fingerprint)
-        digest = hashlib.sha256()  # the library's own follows the file's path and time
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_digest(self.path)  # the library's own follows the file's path and time
 
 
 class ToyboxSource(Source):
