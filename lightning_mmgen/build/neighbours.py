@@ -15,8 +15,10 @@ BLOCK = 65536
 PROBES = 64
 TRAINING = 64
 """Rows a centroid that the index is trained on."""
-LEAST_FOR_PQ = 39 * 256
-"""FAISS asks for 39 rows a centroid, and a product quantizer has 256."""
+LEAST = 39
+"""Rows a centroid, below which FAISS warns."""
+LEAST_FOR_PQ = LEAST * 256
+"""A product quantizer has 256 centroids."""
 WIDER = 4
 """How many times as many rows a compressed index is asked for; their true cosines choose among them."""
 
@@ -57,7 +59,8 @@ class Neighbours:
         return faiss.IndexScalarQuantizer(self.vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
 
     def _trained(self) -> Any:
-        width, lists = self.vectors.shape[1], int(4 * math.sqrt(len(self.rows)))  # as FAISS advises
+        width = self.vectors.shape[1]
+        lists = min(int(4 * math.sqrt(len(self.rows))), len(self.rows) // LEAST)  # as FAISS advises
         parts = next(m for m in range(max(width // 8, 1), 0, -1) if width % m == 0)
         index: Any = faiss.index_factory(width, f"IVF{lists},PQ{parts}", faiss.METRIC_INNER_PRODUCT)
         index.nprobe = min(PROBES, lists)
