@@ -64,6 +64,7 @@ class Neighbours:
         parts = next(m for m in range(max(width // 8, 1), 0, -1) if width % m == 0)
         index: Any = faiss.index_factory(width, f"IVF{lists},PQ{parts}", faiss.METRIC_INNER_PRODUCT)
         index.nprobe = min(PROBES, lists)
+        index.pq.cp.max_points_per_centroid = TRAINING
         count = min(len(self.rows), TRAINING * max(lists, 256))
         index.train(self.read(np.sort(np.random.default_rng(0).choice(self.rows, count, replace=False))))
         return index
