@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
+
+try:
+    import faiss
+except ImportError as error:
+    raise ValueError("neighbours need FAISS: pip install 'lightning_mmgen[build]'") from error
 
 BLOCK = 65536
 """Rows that are read into the index at once."""
