@@ -2,10 +2,10 @@
 
     python benchmarks/clusters.py [--rows 1000000] [--width 768] [--index ivfpq] [--queries 20000]
 
-Embeddings lie around random centres, twenty to a centre, in one domain, in a file of the layout that the builder writes. The index is built
-from all rows; ``--queries`` of them are looked up and their duplicates dropped, as the builder does. Prints seconds of the index, rows per
-second of the search, the hours that all rows would take, the recall of the ten neighbours against all cosines, and the peak of the memory
-that is not a mapped file, beside the size of the embeddings.
+Embeddings lie around random centres, two hundred to a centre, in one domain, in a file of the layout that the builder writes. The index
+is built from all rows; ``--queries`` of them are looked up and their duplicates dropped, as the builder does. Prints seconds of the index,
+rows per second of the search, the hours that all rows would take, the recall of the ten neighbours against all cosines, and the peak of the
+memory that is not a mapped file, beside the size of the embeddings.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def peak() -> Iterator[list[int]]:
 def embeddings(path: Path, rows: int, width: int) -> npt.NDArray[np.float16]:
     """Clustered vectors of length 1 in a file, mapped into memory, [rows, width]."""
     rng = np.random.default_rng(0)
-    centres = np.memmap(path.with_suffix(".centres"), np.float16, "w+", shape=(max(rows // 20, 1), width))
+    centres = np.memmap(path.with_suffix(".centres"), np.float16, "w+", shape=(max(rows // 200, 1), width))
     vectors = np.memmap(path, np.float16, "w+", shape=(rows, width))
     for start in range(0, len(centres), BLOCK):
         centres[start : start + BLOCK] = rng.normal(size=centres[start : start + BLOCK].shape)
