@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from ..data.images import Edges
+from ..prompt import MARKER
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -56,6 +57,25 @@ class Scene(NamedTuple):
 def line(text: str) -> str:
     """A caption without line breaks and double spaces."""
     return " ".join(text.split())
+
+
+def read_lines(path: str) -> list[str]:
+    """The different lines of a text file in their order, without empty ones.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no line is left, or one holds a ``[ref#k]`` marker.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with Path(path).open(encoding="utf-8") as file:
+        lines = [" ".join(line.split()) for line in file]
+    for number, line in enumerate(lines, 1):
+        if MARKER.search(line):
+            raise ValueError(f"{path}:{number}: holds a [ref#k] marker, but these pictures have no references")
+    if not (different := list(dict.fromkeys(filter(None, lines)))):
+        raise ValueError(f"{path}: holds no lines")
+    return different
 
 
 def read_captions(path: str | None, images: str) -> list[Scene]:

@@ -15,12 +15,13 @@ import torch
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..data.images import open_picture, square_around
 from ..models.weights import locate
 from ..prompt import MARKER, Record, RecordError
 from .captions import ENDINGS, read_captions
+from .classifier import Classifier
 from .detector import Detector
 from .journal import Journal, Shard
 
@@ -139,15 +140,12 @@ class Judge:
     """
 
     def __init__(self, name: str, pretrained: str, label: str, limit: float, device: str) -> None:
-        self.name, self.label, self.limit = name, label, limit
-        self.pipe: Any = pipeline("image-classification", model=locate(pretrained), device=device)
-        if label not in (known := self.pipe.model.config.label2id):
-            raise ValueError(f"{pretrained}: has no label {label!r}; there are {', '.join(known)}")
+        self.name, self.limit = name, limit
+        self.classifier = Classifier(pretrained, label, device)
 
     def __call__(self, photos: Sequence[Photo]) -> None:
-        rows = self.pipe([photo.image for photo in photos], top_k=None, batch_size=len(photos))
-        for photo, row in zip(photos, rows, strict=True):
-            photo.scores[self.name] = score = next(one["score"] for one in row if one["label"] == self.label)
+        for photo, score in zip(photos, self.classifier([photo.image for photo in photos if photo.image]), strict=True):
+            photo.scores[self.name] = score
             if score > self.limit:
                 photo.rule = f"over --max-{self.name}"
 

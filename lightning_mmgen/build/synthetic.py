@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from ..data.images import pixels
 from ..metrics import PickScore
 from ..models.weights import locate
-from ..prompt import MARKER, Record
+from ..prompt import Record
+from .captions import read_lines
 from .journal import Journal, Shard
 
 
@@ -83,25 +83,6 @@ class Pair(NamedTuple):
         """63 bits for the picture's noise, from the words alone: the same in every shard and after every restart."""
         words = json.dumps([seed, self.content, self.style])
         return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def read_lines(path: str) -> list[str]:
-    """The different lines of a text file in their order, without empty ones.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: no line is left, or one holds a ``[ref#k]`` marker.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with Path(path).open(encoding="utf-8") as file:
-        lines = [" ".join(line.split()) for line in file]
-    for number, line in enumerate(lines, 1):
-        if MARKER.search(line):
-            raise ValueError(f"{path}:{number}: holds a [ref#k] marker, but these pictures have no references")
-    if not (different := list(dict.fromkeys(filter(None, lines)))):
-        raise ValueError(f"{path}: holds no lines")
-    return different
 
 
 def cross(contents: Sequence[str], styles: Sequence[str], per_content: int | None, seed: int) -> list[Pair]:

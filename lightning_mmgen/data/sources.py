@@ -59,6 +59,43 @@ class Source(ABC):
         return (self.record(i) for i in range(len(self)))
 
 
+class Lines:
+    """The lines of a file by number, read when asked for; memory holds an offset a line.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is empty.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        digest = hashlib.sha256()
+
+        def lengths() -> Iterator[int]:
+            with path.open("rb") as file:
+                for line in file:
+                    digest.update(line)
+                    yield len(line)
+
+        ends = np.fromiter(lengths(), np.int64).cumsum()
+        if not len(ends):
+            raise ValueError(f"{path}: holds no rows")
+        self.path, self.edges, self.digest = path, np.concatenate([[0], ends]), digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        start, end = self.edges[index], self.edges[index + 1]
+        with self.path.open("rb") as file:
+            file.seek(int(start))
+            return file.read(int(end - start))
+
+
 class JSONLSource(Source):
     """One JSON object a line; picture paths are relative to the file's folder. Lines are read when asked for, by their offsets.
 
@@ -67,39 +104,33 @@ class JSONLSource(Source):
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        self.root = self.path.parent
-        lengths, digest = [], hashlib.sha256()
-        with self.path.open("rb") as file:
-            for line in file:
-                lengths.append(len(line))
-                digest.update(line)
-        ends = np.cumsum(lengths, dtype=np.int64) if lengths else np.zeros(0, np.int64)
-        self.offsets = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-        self.lengths, self.digest = np.array(lengths, np.int64), digest.hexdigest()
-        if not len(self.offsets):
-            raise ValueError(f"{path}: holds no rows")
+        self.lines = Lines(Path(path))
+        self.root = self.lines.path.parent
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.lines)
 
     def record(self, index: int, epoch: int = 0) -> Record:
-        with self.path.open("rb") as file:
-            file.seek(int(self.offsets[index]))
-            line = file.read(int(self.lengths[index]))
         try:
-            return from_json(json.loads(line))
+            return from_json(json.loads(self.lines[index]))
         except (RecordError, ValueError, RecursionError) as error:
-            raise RowError(self.path.name, index, _one_line(error)) from error
+            raise RowError(self.lines.path.name, index, _one_line(error)) from error
 
     def with_people(self) -> list[int]:
         with self.path.open("rb") as file:
             return [i for i, line in enumerate(file) if b"person" in line and self._shows_people(i)]  # only these are worth parsing
 
     def fingerprint(self) -> str:
-        return self.digest
+        return self.lines.digest
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class DatasetSource(Source):
@@ -147,11 +178,7 @@ class DatasetSource(Source):
     def fingerprint(self) -> str:
         if not self.path.endswith(".parquet"):
             return str(self.rows._fingerprint)
-        digest = hashlib.sha256()  # the library's own follows the file's path and time
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return file_digest(self.path)  # the library's own follows the file's path and time
 
 
 class ToyboxSource(Source):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, normalize
 from torchmetrics import Metric
 
 from ..models.encoder import clip_normalised
@@ -36,20 +37,23 @@ class CLIPSimilarity(Metric):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     @torch.no_grad()
+    def embed_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures [b, 3, H, W] in [-1, 1] as vectors of length 1, [b, d]."""
+        side = self.clip.config.vision_config.image_size
+        pictures = interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
+        return normalize(self.clip.get_image_features(pixel_values=clip_normalised(pictures)).pooler_output, dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts, cut where the CLIP ends, as vectors of length 1, [b, d]."""
+        longest = self.clip.config.text_config.max_position_embeddings
+        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self.clip.device)
+        out = self.clip.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
+        return normalize(out.pooler_output, dim=-1)
+
     def similarity(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine of each picture [b, 3, H, W] in [-1, 1] with its caption, [b]."""
-        config = self.clip.config
-        side = config.vision_config.image_size
-        pictures = torch.nn.functional.interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        text = self.tokenizer(
-            list(captions), padding=True, truncation=True, max_length=config.text_config.max_position_embeddings, return_tensors="pt"
-        )
-        out = self.clip(
-            input_ids=text.input_ids.to(pictures.device),
-            attention_mask=text.attention_mask.to(pictures.device),
-            pixel_values=clip_normalised(pictures),
-        )
-        return (out.image_embeds * out.text_embeds).sum(-1)  # both have length 1
+        return (self.embed_pictures(pictures) * self.embed_texts(captions)).sum(-1)
 
     def update(self, pictures: Tensor, captions: Sequence[str]) -> None:
         """Pictures [b, 3, H, W] in [-1, 1] and their plain captions."""

@@ -40,6 +40,12 @@ def build(args: argparse.Namespace) -> str:
         from ..build.photos import Photos, build_photos
 
         return build_photos(_settings(Photos, args), args.out, **run)
+    if args.action == "clusters":
+        from ..build import clusters
+
+        args.domains = clusters.read_lines(args.domains) if args.domains else clusters.DOMAINS
+        embedding, clustering = _settings(clusters.Embedding, args), _settings(clusters.Clustering, args)
+        return clusters.build_clusters(embedding, clustering, args.out, engine=args.engine, **run)
     from ..build.masks import Masks, build_masks
 
     return build_masks(_settings(Masks, args), args.out, **run)

@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     _synthetic(build.add_parser("synthetic", help="pictures that a text-to-image model draws of contents in styles"))
     _photos(build.add_parser("photos", help="a folder of pictures, filtered, cropped around people and captioned"))
     _masks(build.add_parser("masks", help="a segmentation of every box of records"))
+    _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
     return top
 
 
@@ -129,6 +130,29 @@ def _masks(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", default="facebook/sam-vit-base", help="a SAM: hub name or folder")
     command.add_argument("--min-iou", type=float, default=0.8, help="leave out masks of which SAM expects a lower one")
     command.add_argument("--workers", type=int, default=0, help="processes that read pictures")
+    _common(command)
+
+
+def _clusters(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", required=True, metavar="DIR", help="the pictures")
+    command.add_argument(
+        "--captions", required=True, metavar="FILE", help="JSONL rows {image, caption, url?, score?}, or such a parquet file"
+    )
+    command.add_argument("--min-score", type=float, help="drop pictures whose score is lower; no filter by default")
+    command.add_argument(
+        "--quality", default="", metavar="MODEL", help="an image classifier that scores: hub name or folder; else the rows do"
+    )
+    command.add_argument("--quality-label", default="good", help="its class whose probability is the score (default: good)")
+    command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="hub name or folder of a CLIP")
+    command.add_argument("--domains", metavar="FILE", help="texts, one a line; neighbours are of one domain (default: a photograph, ...)")
+    command.add_argument("--neighbours", type=int, default=10, help="nearest pictures to choose from")
+    command.add_argument("--duplicate", type=float, default=0.96, help="a cosine above it is a near-duplicate")
+    command.add_argument("--size", type=int, default=5, help="most pictures of a cluster, its target among them")
+    command.add_argument("--min-size", type=int, default=4, help="drop smaller clusters")
+    command.add_argument("--index", choices=["flat", "ivfpq"], default="flat", help="exact, or compressed for over 100,000 pictures")
+    command.add_argument("--engine", choices=["local", "ray"], default="local", help="what runs the embedding")
+    command.add_argument("--batch-size", type=int, default=64, help="pictures a batch")
+    command.add_argument("--workers", type=int, default=0, help="processes that read pictures; on Ray, actors that embed")
     _common(command)
 
 
