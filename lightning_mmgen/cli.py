@@ -20,6 +20,7 @@ import lightning_mmgen.callbacks as callbacks
 from .checkpoint import AtomicCheckpointIO
 from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
+from .data.retrieval import RetrievalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
 from .models.encoder import encoders
 from .module import MultimodalDiffusion
@@ -30,6 +31,7 @@ SHORT_NAMES = (
     DatasetSource,
     ToyboxSource,
     CropDataModule,
+    RetrievalDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,
 )  # imported: class_path may be the bare name
