@@ -20,6 +20,7 @@ import lightning_mmgen.callbacks as callbacks
 from .checkpoint import AtomicCheckpointIO
 from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
+from .data.instructions import InstructionDataModule
 from .data.retrieval import RetrievalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
 from .models.encoder import encoders
@@ -32,6 +33,7 @@ SHORT_NAMES = (
     ToyboxSource,
     CropDataModule,
     RetrievalDataModule,
+    InstructionDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,
 )  # imported: class_path may be the bare name
