@@ -254,7 +254,7 @@ class InstructionDataModule(MultimodalDataModule):
             held_out = Mixture(open_sources(held_out, ratios, held_out=True), ratios, 256 if held_out == "toybox" else None, seed)
         super().__init__(train, held_out, **settings)
         of_task = {"face": "subject"} if sources == "toybox" else {}  # toys have no faces
-        tasks = {DATA_SETS[name].task for name in ratios}
+        tasks = sorted({DATA_SETS[name].task for name in ratios})
         self.templates = {task: read_templates(of_task.get(task, task), templates) for task in tasks}
         self.max_references, self.edge_dilation = max_references, edge_dilation
         able = tuple(kind for kind in CONTROLS if kind in ("depth", *ratios) and (kind != "edge" or find_spec("cv2")))
