@@ -33,6 +33,7 @@ class Batch(NamedTuple):
         captions: b plain captions ("" where none), for CLIP scores.
         ids: b names of the rows.
         seed: [b] int64, from which all noise of a sample is drawn.
+        bare: what is left of each instruction without its references; by default its words without the markers.
     """
 
     instructions: list[str]
@@ -42,6 +43,7 @@ class Batch(NamedTuple):
     captions: list[str]
     ids: list[str]
     seed: Tensor
+    bare: list[str] | None = None
 
     @property
     def size(self) -> int:

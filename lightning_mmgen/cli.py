@@ -20,6 +20,8 @@ import lightning_mmgen.callbacks as callbacks
 from .checkpoint import AtomicCheckpointIO
 from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
+from .data.instructions import InstructionDataModule
+from .data.retrieval import RetrievalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
 from .models.encoder import encoders
 from .module import MultimodalDiffusion
@@ -30,6 +32,8 @@ SHORT_NAMES = (
     DatasetSource,
     ToyboxSource,
     CropDataModule,
+    RetrievalDataModule,
+    InstructionDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,
 )  # imported: class_path may be the bare name

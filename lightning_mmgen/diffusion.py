@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, PackedImages
-from .prompt import MARKER
+from .prompt import without_markers
 
 
 @dataclass
@@ -125,7 +125,8 @@ class ConditionDropout:
     Args:
         both: nothing is left but an empty prompt.
         text: only the pictures are left.
-        references: only the text is left.
+        references: only the text is left, without the captions of retrieved neighbours (Instruct-Imagen, section 3.2: drop the
+            context only).
     """
 
     both: float = 0.1
@@ -148,13 +149,14 @@ def drop_condition(batch: Batch, dropout: ConditionDropout, draws: Tensor) -> Ba
         The batch with the texts, markers and pictures that are left; the target stays.
     """
     instructions, markers, keep = [], [], []
-    for text, marks, u in zip(batch.instructions, batch.markers, draws.tolist(), strict=True):
+    bare = batch.bare or [without_markers(text) for text in batch.instructions]
+    for text, alone, marks, u in zip(batch.instructions, bare, batch.markers, draws.tolist(), strict=True):
         no_text = u < dropout.both + dropout.text
         no_references = u < dropout.both or dropout.both + dropout.text <= u < dropout.both + dropout.text + dropout.references
         if no_text:
             text = "".join(f"[ref#{k}]" for k in marks)
         if no_references:
-            text, marks = " ".join(MARKER.sub("", text).split()), []
+            text, marks = "" if no_text else alone, []
         instructions.append(text)
         markers.append(marks)
         keep.append(not no_references)

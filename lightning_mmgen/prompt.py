@@ -90,6 +90,19 @@ class MultimodalPrompt:
         """The prompt cut at its markers, empty texts left out; a marker that occurs twice yields its reference twice."""
         return split(self.instruction, [r.marker for r in self.references])
 
+    def bare(self) -> str:
+        """The instruction without its references: markers go, and a neighbour goes with its caption (``"[ref#1] caption."``)."""
+        text = self.instruction
+        for reference in self.references:
+            if reference.role == "neighbour":
+                text = text.replace(f"[ref#{reference.marker}] {reference.phrase}.", "")
+        return without_markers(text)
+
+
+def without_markers(text: str) -> str:
+    """The words of a text with ``[ref#k]`` markers, one space between them."""
+    return " ".join(MARKER.sub("", text).split())
+
 
 def split(instruction: str, markers: list[int]) -> list[Segment]:
     """Cut ``instruction`` at its ``[ref#k]`` markers; ``markers[i]`` is the number of reference i."""

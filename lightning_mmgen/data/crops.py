@@ -233,7 +233,7 @@ class Repeated(Source):
     def __len__(self) -> int:
         return len(self.source) + self.more
 
-    def row(self, index: int, epoch: int) -> int:
+    def row(self, index: int, epoch: int = 0) -> int:
         """Which row of the source stands at ``index``."""
         if (extra := index - len(self.source)) < 0:
             return index

@@ -100,14 +100,15 @@ class RecordDataset(Dataset["Sample | BadRow"]):
         return len(self.source)
 
     def __getitem__(self, position: Position) -> Sample | BadRow:  # type: ignore[override]
+        row, name = self.source.row(*position), self.source.name(*position)
         try:
             record = self.source.record(position.index, position.epoch)
-            record = record if record.id else replace(record, id=f"row {position.index + 1}")
+            record = record if record.id else replace(record, id=name)
             return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index))
         except RowError as error:
-            return BadRow(position.index, str(error))
+            return BadRow(row, str(error))
         except RecordError as error:
-            return BadRow(position.index, f"row {position.index + 1}: {error}")
+            return BadRow(row, f"{name}: {error}")
 
 
 class OrderedSampler(Sampler[list[Position]]):
@@ -165,6 +166,7 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
         [s.record.caption or "" for s in good],
         [s.record.id for s in good],
         torch.tensor([s.seed for s in good], dtype=torch.int64),
+        [s.record.prompt().bare() for s in good],
     )
     return batch, bad
 
@@ -302,7 +304,8 @@ class MultimodalDataModule(L.LightningDataModule):
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"bad_rows.{self.trainer.global_rank}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row._asdict()) + "\n" for row in bad)
-        if len(self.bad) > self.bad_rows * len(self.train):
+        epoch, consumed = self._resume
+        if len(self.bad) > self.bad_rows * max(epoch * len(self.train) + consumed, len(self.train)):  # a mixture has more rows than places
             raise RecordError(
                 f"{len(self.bad)} of {len(self.train)} rows are bad, more than bad_rows={self.bad_rows}; last: {bad[-1].reason}"
             )

@@ -41,6 +41,14 @@ class Source(ABC):
             RowError: the row cannot be used.
         """
 
+    def row(self, index: int, epoch: int = 0) -> int:
+        """The row that record ``index`` is made of: the same number in every epoch."""
+        return index
+
+    def name(self, index: int, epoch: int = 0) -> str:
+        """What messages call record ``index``."""
+        return f"row {self.row(index, epoch) + 1}"
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of what the source holds, for the run folder."""
@@ -117,7 +125,7 @@ class JSONLSource(Source):
             raise RowError(self.lines.path.name, index, _one_line(error)) from error
 
     def with_people(self) -> list[int]:
-        with self.path.open("rb") as file:
+        with self.lines.path.open("rb") as file:
             return [i for i, line in enumerate(file) if b"person" in line and self._shows_people(i)]  # only these are worth parsing
 
     def fingerprint(self) -> str:
@@ -185,12 +193,13 @@ class ToyboxSource(Source):
     """Records of the embedded world, drawn anew each epoch; record i of an epoch is a pure function of (seed, epoch, i).
 
     Args:
-        tasks: weights of the task families (``lightning_mmgen.toybox.tasks.TASKS``).
+        tasks: weights of the task families (``lightning_mmgen.toybox.tasks.ALL_TASKS``).
         length: records an epoch.
         seed: of the draws.
         held_out: draw only combinations of toys that training never sees, and the same ones every epoch.
         swap_references: show other toys than the target holds; the control that must learn nothing from references.
         controls: give every record its edge, depth and sketch pictures.
+        told: captions say what the instruction says in words, not what its references show.
     """
 
     def __init__(
@@ -201,46 +210,50 @@ class ToyboxSource(Source):
         held_out: bool = False,
         swap_references: bool = False,
         controls: bool = False,
+        told: bool = False,
     ) -> None:
-        from ..toybox.tasks import TASKS
+        from ..toybox.tasks import ALL_TASKS
 
-        if unknown := sorted(set(tasks) - set(TASKS)):
-            raise ValueError(f"unknown toybox task {unknown[0]!r}; there are {', '.join(TASKS)}")
+        if unknown := sorted(set(tasks) - set(ALL_TASKS)):
+            raise ValueError(f"unknown toybox task {unknown[0]!r}; there are {', '.join(ALL_TASKS)}")
         if min(tasks.values(), default=0) < 0 or not sum(tasks.values()):
             raise ValueError(f"toybox tasks need weights of 0 or more, not all 0: {tasks}")
         self.tasks, self.length, self.seed = tasks, length, seed
-        self.held_out, self.swap_references, self.controls = held_out, swap_references, controls
+        self.held_out, self.swap_references, self.controls, self.told = held_out, swap_references, controls, told
 
     def __len__(self) -> int:
         return self.length
 
     def record(self, index: int, epoch: int = 0) -> Record:
-        from ..toybox.tasks import TASKS, ControlImages
+        from ..toybox.tasks import ALL_TASKS, ControlImages
 
         rng = np.random.default_rng((self.seed, 0 if self.held_out else epoch, index, int(self.held_out)))
         share = np.cumsum(list(self.tasks.values()))
         task = list(self.tasks)[int(np.searchsorted(share, rng.random() * share[-1], side="right"))]
-        record = TASKS[task](rng, self.held_out)
+        record = ALL_TASKS[task](rng, self.held_out)
         if self.swap_references:
             record = self._swapped(record, task, rng)
         if self.controls:
             record = replace(record, controls=ControlImages(record.extra["truth"].scene))
+        if self.told:
+            record = replace(record, caption=record.extra.get("told", record.caption))
         return replace(record, id=f"{task}-{index:05d}")
 
     def with_people(self) -> list[int]:
         return []  # there are none in this world
 
     def fingerprint(self) -> str:
-        settings = (sorted(self.tasks.items()), self.length, self.seed, self.held_out, self.swap_references, self.controls)
+        switches = (self.held_out, self.swap_references, self.controls, *(["told"] if self.told else []))
+        settings = (sorted(self.tasks.items()), self.length, self.seed, *switches)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def _swapped(self, record: Record, task: str, rng: np.random.Generator) -> Record:
         """The record with each reference's picture taken from another record of its task."""
-        from ..toybox.tasks import TASKS
+        from ..toybox.tasks import ALL_TASKS
 
         pictures: list[Picture] = []
         while len(pictures) < len(record.references):
-            pictures += [r.image for r in TASKS[task](rng, self.held_out).references]
+            pictures += [r.image for r in ALL_TASKS[task](rng, self.held_out).references]
         references = tuple(replace(r, image=p) for r, p in zip(record.references, pictures, strict=False))
         return replace(record, references=references)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,18 +62,19 @@ def _portrait(rng: np.random.Generator, toy: Toy) -> Image:
     return PILImage.fromarray(portrait(toy, ground, REFERENCE_SIDE))
 
 
-def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Truth, **more: Any) -> Record:
+def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Truth, told: str | None = None, **more: Any) -> Record:
+    """``told``: what the instruction says of the scene in words, if that is not all."""
     pixels, masks = draw(scene)
-    target, where = PILImage.fromarray(pixels), boxes(scene, masks)
-    return Record(text, tuple(refs), target, scene.caption(), task=task, boxes=where, extra={"truth": truth}, **more)
+    target, where, words = PILImage.fromarray(pixels), boxes(scene, masks), scene.caption()
+    return Record(text, tuple(refs), target, words, task=task, boxes=where, extra={"truth": truth, "told": told or words}, **more)
 
 
 def caption(rng: np.random.Generator, held: bool) -> Record:
     """Words alone: every named attribute, sometimes without the sizes, and without the style where it is flat."""
     scene = random_scene(rng, held=held)
     sizes, style = bool(rng.random() < 0.7), scene.style != "flat" or bool(rng.random() < 0.5)
-    text = str(rng.choice(PREFIXES)) + scene.caption(sizes=sizes, style=style)
-    return _record("caption", text, scene, [], Truth(scene, (), sizes, style))
+    told = scene.caption(sizes=sizes, style=style)
+    return _record("caption", str(rng.choice(PREFIXES)) + told, scene, [], Truth(scene, (), sizes, style), told)
 
 
 def subject(rng: np.random.Generator, held: bool) -> Record:
@@ -82,9 +84,10 @@ def subject(rng: np.random.Generator, held: bool) -> Record:
     names = [f"[ref#{k + 1}] {phrase}".strip() for k, phrase in enumerate(phrases)]
     refs = [Reference(k + 1, _portrait(rng, p.toy), phrase) for k, (p, phrase) in enumerate(zip(scene.toys, phrases, strict=True))]
     sizes, where = bool(rng.random() < 0.3), len(names) == 1 or bool(rng.random() < 0.85)
-    told = scene if where else replace(scene, place="and")
-    text = str(rng.choice(PREFIXES)) + told.caption(names, sizes=sizes, style=False)
-    return _record("subject", text, scene, refs, Truth(scene, tuple((k, k + 1) for k in range(len(names))), sizes, place=where))
+    stated = scene if where else replace(scene, place="and")
+    text = str(rng.choice(PREFIXES)) + stated.caption(names, sizes=sizes, style=False)
+    told = stated.caption([phrase or "toy" for phrase in phrases], sizes=sizes, style=False)
+    return _record("subject", text, scene, refs, Truth(scene, tuple((k, k + 1) for k in range(len(names))), sizes, place=where), told)
 
 
 def crops(rng: np.random.Generator, held: bool) -> Record:
@@ -107,8 +110,9 @@ def style(rng: np.random.Generator, held: bool) -> Record:
     """The style is shown by another picture, the scene is told."""
     scene = random_scene(rng, held=held)
     other = replace(random_scene(rng), style=scene.style)
-    text = f"Create an image in [ref#1] style with the caption: {scene.caption(style=False)}"
-    return _record("style", text, scene, [Reference(1, picture(other), "style", "style")], Truth(scene, (), True, True))
+    told = scene.caption(style=False)
+    text = f"Create an image in [ref#1] style with the caption: {told}"
+    return _record("style", text, scene, [Reference(1, picture(other), "style", "style")], Truth(scene, (), True, True), told)
 
 
 def style_transfer(rng: np.random.Generator, held: bool) -> Record:
@@ -140,8 +144,9 @@ def control(rng: np.random.Generator, held: bool, kind: str | None = None) -> Re
     """The layout is shown by an edge, mask, depth or sketch picture, the rest is told."""
     scene = random_scene(rng, held=held)
     kind = kind or str(rng.choice(["edge", "mask", "depth", "sketch"]))
-    text = f"Using the [ref#1] {kind} image, generate an image to reflect the caption: {scene.caption(sizes=False)}"
-    return _record("control", text, scene, [Reference(1, control_image(scene, kind), kind, kind)], Truth(scene, (), True, True))
+    told = scene.caption(sizes=False)
+    text = f"Using the [ref#1] {kind} image, generate an image to reflect the caption: {told}"
+    return _record("control", text, scene, [Reference(1, control_image(scene, kind), kind, kind)], Truth(scene, (), True, True), told)
 
 
 def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | None]:
@@ -296,3 +301,6 @@ class ControlImages(Mapping[str, Picture]):
 TASKS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
     f.__name__: f for f in (caption, subject, crops, style, style_transfer, control, edit, retrieval, question, naming, measuring)
 }
+
+ALL_TASKS = TASKS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
+"""And ``control`` with one kind of picture alone."""
