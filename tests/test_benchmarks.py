@@ -1,0 +1,26 @@
+"""The benchmarks go with the code: each starts, and the one that looks deepest into a fit runs, at its smallest."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("script", BENCHMARKS, ids=lambda p: p.stem)
+def test_it_says_what_it_measures(script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    assert stop.value.code == 0 and f"usage: {script.name}" in capsys.readouterr().out
+
+
+def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = next(p for p in BENCHMARKS if p.stem == "step_overhead")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), "--pairs", "2"])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "2 pairs" in capsys.readouterr().out
