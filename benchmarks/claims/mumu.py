@@ -181,13 +181,23 @@ def pasting(pipeline: MultimodalPipeline, records: list[Record], seed: int) -> S
     return {"pasting": out}
 
 
-def conditions(pipeline: MultimodalPipeline, records: list[Record], seed: int, name: str, keys: Callable[[str], bool]) -> Scores:
-    """The share of those conditions of each instruction that ``keys`` picks."""
-    out = []
+def conditions(pipeline: MultimodalPipeline, records: list[Record], seed: int, **picks: Callable[[str], bool]) -> Scores:
+    """By name, the share of those conditions of each instruction that a function of their names picks."""
+    out: Scores = {name: [] for name in picks}
     for array, record in zip(arrays(pipeline, records, seed), records, strict=True):
-        held = {k: v for k, v in score(array, record.extra["truth"]).conditions.items() if keys(k)}
-        out.append(sum(held.values()) / len(held))
-    return {name: out}
+        all_of_them = score(array, record.extra["truth"]).conditions
+        for name, pick in picks.items():
+            held = [v for k, v in all_of_them.items() if pick(k)]
+            out[name].append(sum(held) / len(held))
+    return out
+
+
+def is_style(condition: str) -> bool:
+    return condition == "style"
+
+
+def is_of_a_toy(condition: str) -> bool:
+    return condition[-1].isdigit()
 
 
 # -- jobs ------------------------------------------------------------------------------------------------------------------------
@@ -237,9 +247,8 @@ def stage_1(job: Job) -> Scores:
         out |= following(pipeline, captions(job.count), job.seed, "captions")
         out |= following(pipeline, composed(job.count), job.seed, "composed")
         out |= bleeding(pipeline, crops(job.count, toys=2), job.seed)
-        for blank in (False, True):
-            name = "style of nothing" if blank else "style"
-            out |= conditions(pipeline, styles(job.count, blank), job.seed, name, lambda key: key == "style")
+        out |= conditions(pipeline, styles(job.count), job.seed, style=is_style)
+        out |= conditions(pipeline, styles(job.count, blank=True), job.seed, **{"style of nothing": is_style})
         out |= following(pipeline, crops(job.count, toys=1, per_prompt=1), job.seed, "one crop")
     if job.name in ("stage 1", "no augmentation"):
         out |= pasting(pipeline, composed(job.count), job.seed)
@@ -274,9 +283,8 @@ def fine_tune(job: Job) -> Scores:
     module.unet = type(tuned.unet).from_pretrained(job.folder / "merged").eval()  # type: ignore[assignment]
     prompts = [in_pastel(r) for r in composed(job.count, named_style=False)]
     told = [replace(r, instruction=r.extra["truth"].scene.caption(style=False), references=()) for r in prompts]
-    out = conditions(MultimodalPipeline.of(tuned), told, job.seed, "fine-tune: style", lambda key: key == "style")
-    out |= conditions(MultimodalPipeline.of(module), prompts, job.seed, "merged: style", lambda key: key == "style")
-    return out | conditions(MultimodalPipeline.of(module), prompts, job.seed, "merged: toys", lambda key: key[-1].isdigit())
+    out = conditions(MultimodalPipeline.of(tuned), told, job.seed, **{"fine-tune: style": is_style})
+    return out | conditions(MultimodalPipeline.of(module), prompts, job.seed, **{"merged: style": is_style, "merged: toys": is_of_a_toy})
 
 
 def in_pastel(record: Record) -> Record:

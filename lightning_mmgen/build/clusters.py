@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ..data.images import locate_file
+from ..data.retrieval import describe
 from ..prompt import Record, RecordError, Reference
 from .captions import read_lines
 from .corpus import Corpus, Pair, open_corpus
@@ -165,9 +166,7 @@ def record(pairs: dict[int, Pair], images: Path, out: Path) -> Record:
 
     (row, target), *others = pairs.items()
     references = tuple(Reference(k, settled(*other), other[1].caption.rstrip(" ."), "neighbour") for k, other in enumerate(others, 1))
-    context = " ".join(f"[ref#{r.marker}] {r.phrase}." for r in references)
-    instruction = f"{context} Generate: {target.caption}"
-    return Record(instruction, references, settled(row, target), target.caption, task="retrieval", id=f"{row:08d}")
+    return Record(describe(references, target.caption), references, settled(row, target), target.caption, task="retrieval", id=f"{row:08d}")
 
 
 @contextmanager

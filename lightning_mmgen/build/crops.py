@@ -19,7 +19,7 @@ from ..prompt import MARKER, Box, Record, RecordError
 from .boxes import area, guess, read_boxes
 from .captions import Caption, Found, Scene, read_captions
 from .detector import Detection, Detector
-from .journal import Journal, Shard, adopt
+from .journal import Journal, Shard, adopt, in_batches
 from .phrases import Parser, Phrase, is_person
 
 HEADS = ("detector", "keypoints", "none")
@@ -123,14 +123,13 @@ def build(options: Options) -> str:
     for scene in scenes:
         digest.update(repr(scene).encode())
     journal = Journal(options.out, {**options.settings(), "captions and boxes": digest.hexdigest()}, Shard.parse(options.shard))
-    batches = [scenes[at : at + options.batch_size] for at in range(0, len(scenes), options.batch_size)]
-    todo = journal.todo(batches, key=_key)
+    todo = journal.todo(in_batches(scenes, options.batch_size), key=_key)
     loader = DataLoader(Pictures(todo, options.images), batch_size=None, num_workers=options.workers, collate_fn=list)
     extract = Extractor(options)
     for batch, images in zip(todo, tqdm(loader, desc="crops", unit="batch", disable=None), strict=True):
         records, counts = extract(batch, images)
         journal.add(_key(batch), records, counts)
-    return f"{journal.finish() or 'the other shards are not done yet'}\n{journal.report()}"
+    return journal.conclude()
 
 
 def _key(batch: Sequence[Scene]) -> str:
@@ -255,10 +254,9 @@ class Extractor:
 
     def _ask(self, images: list[Image], phrases: list[list[str]]) -> list[list[Detection]]:
         """The detector, ``batch_size`` images at once."""
-        size, out = self.options.batch_size, list[list[Detection]]()
-        for at in range(0, len(images), size):
-            out += self.detector.detect(images[at : at + size], phrases[at : at + size])
-        return out
+        size = self.options.batch_size
+        batches = zip(in_batches(images, size), in_batches(phrases, size), strict=True)
+        return [found for some, asked in batches for found in self.detector.detect(some, asked)]
 
 
 def usable(batch: Sequence[Scene], images: Sequence[Image | None], counts: dict[str, int]) -> list[Row]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ..prompt import Record
+
+Item = TypeVar("Item")
 
 
 class Shard(NamedTuple):
@@ -126,11 +129,25 @@ class Journal:
             for line in file:
                 yield from (json.dumps(row, ensure_ascii=False) + "\n" for row in json.loads(line)["records"])
 
+    def conclude(self) -> str:
+        """:meth:`finish`, and what to tell: the path of the records and the report."""
+        return f"{self.finish() or 'the other shards are not done yet'}\n{self.report()}"
+
     def report(self) -> str:
         """The counts, a line each, and quantiles of what was noted."""
         width = max(map(len, self.counts), default=0)
         lines = [f"{name:<{width}}  {count:>8}" for name, count in self.counts.items()]
         return "\n".join(lines + [f"{name}: {_quantiles(numbers)}" for name, numbers in self.notes.items()])
+
+
+def in_batches(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Items in their order, ``size`` together: the same batches in every run and shard, since what models say depends on the batch."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
+
+def digest_of(lines: Iterable[str]) -> str:
+    """A hash of lines of text, file names that are not UTF-8 among them."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def _quantiles(numbers: Sequence[float]) -> str:

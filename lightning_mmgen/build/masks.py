@@ -136,7 +136,7 @@ def build_masks(settings: Masks, out: str, device: str = "cpu", workers: int = 0
             counts = Counter(records=1)
             records = _masked(row, segment, settings.min_iou, partial(_settle, journal.out, source.root, row.number), counts)
             journal.add(str(row.number), records, counts)
-    return f"{journal.finish() or 'the other shards are not done yet'}\n{journal.report()}"
+    return journal.conclude()
 
 
 Settle = Callable[[Picture, str], str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections import Counter, defaultdict
@@ -23,7 +22,7 @@ from ..prompt import MARKER, Record, RecordError
 from .captions import ENDINGS, read_captions
 from .classifier import Classifier
 from .detector import Detector
-from .journal import Journal, Shard
+from .journal import Journal, Shard, digest_of, in_batches
 
 
 @dataclass(frozen=True)
@@ -229,11 +228,13 @@ def build_photos(settings: Photos, out: str, device: str = "cpu", workers: int =
     """
     root = Path(settings.images)
     names, captions = picture_names(root, Path(out)), _captions(settings)
-    digests = {"images": _digest(names), "captions": _digest([f"{k}\n{v}" for k, v in captions.items()]) if captions is not None else ""}
+    digests = {
+        "images": digest_of(names),
+        "captions": digest_of([f"{k}\n{v}" for k, v in captions.items()]) if captions is not None else "",
+    }
     journal = Journal(out, {**asdict(settings), **digests}, shard)
     photos = [Photo(number, name) for number, name in enumerate(names)]
-    batches = [photos[at : at + settings.batch_size] for at in range(0, len(photos), settings.batch_size)]
-    if todo := journal.todo(batches, key=_key):
+    if todo := journal.todo(in_batches(photos, settings.batch_size), key=_key):
         steps = _steps(settings, device)
         loader = DataLoader(Folder(root, todo, settings.min_side, captions), batch_size=None, num_workers=workers, collate_fn=list)
         for batch in tqdm(loader, desc="photos", unit="batch", disable=None):
@@ -242,7 +243,7 @@ def build_photos(settings: Photos, out: str, device: str = "cpu", workers: int =
                     step(left)
             _note(batch, settings, journal)
     off = [f"not filtered by --{name}: no classifier given" for name in ("watermark", "unsafe") if not getattr(settings, name)]
-    return "\n".join([str(journal.finish() or "the other shards are not done yet"), journal.report(), *off])
+    return "\n".join([journal.conclude(), *off])
 
 
 def _key(batch: Sequence[Photo]) -> str:
@@ -311,7 +312,3 @@ def _records(photo: Photo, settings: Photos, out: Path) -> list[Record]:
 def _printable(name: str) -> str:
     """A file's name without bytes that are not UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()

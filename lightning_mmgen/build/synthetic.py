@@ -21,7 +21,7 @@ from ..metrics import PickScore
 from ..models.weights import locate
 from ..prompt import Record
 from .captions import read_lines
-from .journal import Journal, Shard
+from .journal import Journal, Shard, digest_of, in_batches
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,13 @@ def build_synthetic(settings: Synthetic, out: str, device: str = "cpu", shard: S
     """
     contents, styles = read_lines(settings.contents), read_lines(settings.styles)
     pairs = cross(contents, styles, settings.styles_per_content, settings.seed)
-    digests = {"contents": _digest(contents), "styles": _digest(styles)}
+    digests = {"contents": digest_of(contents), "styles": digest_of(styles)}
     journal = Journal(out, {**asdict(settings), **digests}, shard)
-    batches = [pairs[at : at + settings.batch_size] for at in range(0, len(pairs), settings.batch_size)]
-    if todo := journal.todo(batches, key=_key):
+    if todo := journal.todo(in_batches(pairs, settings.batch_size), key=_key):
         painter = Painter(settings, device)
         for batch in tqdm(todo, desc="synthetic", unit="batch", disable=None):
             _draw(painter, batch, journal)
-    return f"{journal.finish() or 'the other shards are not done yet'}\n{journal.report()}"
+    return journal.conclude()
 
 
 def _key(batch: Sequence[Pair]) -> str:
@@ -186,7 +185,3 @@ def _rule(picture: Image, score: float | None, least: float | None) -> str:
     if picture.getcolors(1) is not None:  # one colour: NaN of a half-precision VAE, or what a safety checker blackened
         return "blank"
     return "under --min-pickscore" if least is not None and score is not None and score < least else "kept"
-
-
-def _digest(lines: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -79,23 +79,19 @@ class CropRecipe(Recipe):
         if record.references or record.target is None:
             return record
         target, record = self.square(open_picture(record.target, root), record, root)
-        text, references = record.instruction, []
-        for at, box in reversed(self.choose(record, rng)):  # from the end, so that places before stay
-            text = f"{text[:at]}[ref#@] {text[at:]}"
+        text, references = record.instruction, list[Reference]()
+        for k, (at, box) in reversed(list(enumerate(self.choose(record, rng), 1))):  # from the end, so that places before stay
+            text = f"{text[:at]}[ref#{k}] {text[at:]}"
             picture = self.cut(target, box, root)
-            references.append(
-                Reference(0, augment(picture, rng) if rng.random() < self.cropping.augmented_share else picture, box.phrase, "crop")
-            )
-        references.reverse()
+            if rng.random() < self.cropping.augmented_share:
+                picture = augment(picture, rng)
+            references.insert(0, Reference(k, picture, box.phrase, "crop"))
         if rng.random() < self.cropping.control_share:
             kind, picture = self.control(record, target, root, rng)
-            text = self.cropping.control_text.format(instruction=text.rstrip(" ."), marker="[ref#@]", kind=kind)
-            references.append(Reference(0, picture, kind, kind))
-        for k in range(len(references)):
-            text = text.replace("[ref#@]", f"[ref#{k + 1}]", 1)
-        return replace(
-            record, instruction=text, references=tuple(replace(r, marker=k + 1) for k, r in enumerate(references)), target=target
-        )
+            k = len(references) + 1
+            text = self.cropping.control_text.format(instruction=text.rstrip(" ."), marker=f"[ref#{k}]", kind=kind)
+            references.append(Reference(k, picture, kind, kind))
+        return replace(record, instruction=text, references=tuple(references), target=target)
 
     def square(self, target: Image, record: Record, root: Path | None) -> tuple[Image, Record]:
         """The square of the target that is to be drawn, in the middle of its boxes as far as the picture goes, and the record with boxes,

@@ -100,15 +100,14 @@ class RecordDataset(Dataset["Sample | BadRow"]):
         return len(self.source)
 
     def __getitem__(self, position: Position) -> Sample | BadRow:  # type: ignore[override]
-        row, name = self.source.row(*position), self.source.name(*position)
         try:
             record = self.source.record(position.index, position.epoch)
-            record = record if record.id else replace(record, id=name)
+            record = record if record.id else replace(record, id=self.source.name(*position))
             return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index))
         except RowError as error:
-            return BadRow(row, str(error))
+            return BadRow(self.source.row(*position), str(error))
         except RecordError as error:
-            return BadRow(row, f"{name}: {error}")
+            return BadRow(self.source.row(*position), f"{self.source.name(*position)}: {error}")
 
 
 class OrderedSampler(Sampler[list[Position]]):
@@ -158,15 +157,16 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
     good = [s for s in samples if isinstance(s, Sample)]
     if not good:
         return None, bad
+    prompts = [s.record.prompt() for s in good]
     batch = Batch(
-        [s.record.prompt().instruction for s in good],
+        [prompt.instruction for prompt in prompts],
         [[r.marker for r in s.record.references] for s in good],
         pack([s.references for s in good]),
         torch.stack([s.target for s in good]),
         [s.record.caption or "" for s in good],
         [s.record.id for s in good],
         torch.tensor([s.seed for s in good], dtype=torch.int64),
-        [s.record.prompt().bare() for s in good],
+        [prompt.bare() for prompt in prompts],
     )
     return batch, bad
 

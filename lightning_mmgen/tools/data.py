@@ -155,8 +155,7 @@ def preview(
 def _row(source: Source, index: int, encoder: Encoder, recipe: Recipe) -> Image:
     """One record as a strip of the page."""
     try:
-        record = recipe.compose(source.record(index), source.root, np.random.default_rng(sample_seed(0, 0, index)))
-        references, target = _transform(record, source.root, recipe)
+        record, references, target = _transform(source.record(index), source.root, recipe, sample_seed(0, 0, index))
         counts = [encoder.tokens_of(*picture.shape[1:]) for picture in references]
         prompt = record.prompt()
         markers = [r.marker for r in record.references]
@@ -173,12 +172,12 @@ def _row(source: Source, index: int, encoder: Encoder, recipe: Recipe) -> Image:
     return _strip(" \u00b7 ".join(filter(None, title)), text, INK, pictures)
 
 
-def _transform(record: Record, root: Path | None, recipe: Recipe) -> tuple[list[Tensor], Tensor | None]:
-    """References and target as the model gets them, [3, h, w] in [-1, 1]; a question has no target."""
+def _transform(record: Record, root: Path | None, recipe: Recipe, seed: int) -> tuple[Record, list[Tensor], Tensor | None]:
+    """The record as a prompt, and references and target as the model gets them, [3, h, w] in [-1, 1]; a question has no target."""
     if record.target is None:
-        return [pixels(r.image, recipe.reference_size, root) for r in record.references], None
-    sample = recipe(record, root, 0)
-    return sample.references, sample.target
+        return record, [pixels(r.image, recipe.reference_size, root) for r in record.references], None
+    sample = recipe(record, root, seed)
+    return sample.record, sample.references, sample.target
 
 
 def _strip(title: str, text: str, ink: str, pictures: list[tuple[str, Tensor]]) -> Image:

@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     export = subs.add_parser("export", help="write a checkpoint as a diffusers-style folder")
     export.add_argument("--ckpt", required=True)
     export.add_argument("--out", required=True, metavar="DIR")
-    export.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of fully trained weights; as trained by default")
+    export.add_argument("--dtype", choices=DTYPES, help="of fully trained weights; as trained by default")
 
     merge = subs.add_parser("merge", help="fold the UNet's LoRA into a checkpoint of the same UNet")
     merge.add_argument("--lora", required=True, help="a folder that `mmgen export` wrote, or a pytorch_lora_weights.safetensors")
@@ -65,7 +65,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _crops(crops: argparse.ArgumentParser) -> None:
     crops.add_argument("--images", required=True, metavar="DIR", help="the pictures")
-    crops.add_argument("--out", required=True, metavar="DIR", help="records.jsonl, counts.json, pictures/; a stopped build goes on")
     crops.add_argument("--captions", help="COCO JSON, JSONL rows {image, caption}, or a folder of .txt; beside the pictures by default")
     crops.add_argument("--boxes", metavar="FILE|DIR", help="boxes that exist; else phrases are parsed and detected")
     crops.add_argument("--format", choices=["coco", "grit", "flickr30k"], help="of --boxes; guessed by default")
@@ -79,8 +78,7 @@ def _crops(crops: argparse.ArgumentParser) -> None:
     crops.add_argument("--min-head-area", type=float, default=1024, help="least area of a head in square pixels")
     crops.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
     crops.add_argument("--workers", type=int, default=0, help="processes that read pictures")
-    crops.add_argument("--device", help="where the detector runs; a GPU where there is one, by default")
-    crops.add_argument("--shard", default="0/1", metavar="i/n", help="part i of n, which run side by side into one --out")
+    _common(crops)
 
 
 def _synthetic(command: argparse.ArgumentParser) -> None:

@@ -98,12 +98,13 @@ def crops(rng: np.random.Generator, held: bool) -> Record:
     how = str(rng.choice(["wholly", "shape", "toy"]))
     names = [{"wholly": p.toy.words(), "shape": p.toy.shape, "toy": "toy"}[how] for p in scene.toys]
     text, at, where = scene.caption(names, style=bool(rng.random() < 0.5)), 0, []
-    for name, box in zip(names, boxes(scene), strict=True):
+    shown = tuple((k, k + 1) for k in range(len(names)))
+    record = _record("crops", text, scene, [], Truth(scene, shown, True, True))
+    for name, box in zip(names, record.boxes, strict=True):
         at = text.index(f"{name} ", at)
         where.append(box._replace(phrase=name, start=at))
         at += len(name)
-    shown = tuple((k, k + 1) for k in range(len(names)))
-    return replace(_record("crops", text, scene, [], Truth(scene, shown, True, True)), caption=text, boxes=tuple(where))
+    return replace(record, caption=text, boxes=tuple(where))
 
 
 def style(rng: np.random.Generator, held: bool) -> Record:

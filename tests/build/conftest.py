@@ -17,7 +17,12 @@ from transformers import (
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
     GroundingDinoProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
+
+from lightning_mmgen.build.journal import Journal
 
 DETECTOR_WORDS = ["man", "dog", "scooter", "ball", "red", "big", "head", "woman", "##s"]
 
@@ -97,3 +102,31 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("english")
     nlp.to_disk(folder)
     return folder
+
+
+def make_classifier(folder: Path, *labels: str) -> Path:
+    """A tiny ViT that tells these labels apart, with random weights."""
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    torch.manual_seed(0)
+    ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=4, **names)).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, items: int) -> None:
+    """The process is interrupted once so many items are noted."""
+    add = Journal.add
+
+    def adding(journal: Journal, *args: Any) -> None:
+        if len(journal.done) == items:
+            raise KeyboardInterrupt
+        add(journal, *args)
+
+    monkeypatch.setattr(Journal, "add", adding)
+
+
+def contents(out: Path, pictures: str) -> tuple[list[str], dict[str, bytes]]:
+    """What a build has written: its records, sorted, and its pictures."""
+    rows = sorted((out / "records.jsonl").read_text().splitlines())
+    return rows, {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob(pictures)}

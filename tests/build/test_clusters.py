@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image as PILImage
-from transformers import CLIPImageProcessor, CLIPModel, ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from transformers import CLIPImageProcessor, CLIPModel, ViTForImageClassification, ViTImageProcessorPil
 
 from lightning_mmgen.build import neighbours
 from lightning_mmgen.build.corpus import open_corpus
@@ -24,6 +24,7 @@ from lightning_mmgen.tools.data import check
 from lightning_mmgen.tools.main import main
 
 from ..conftest import CLIP_WORDS
+from .conftest import make_classifier
 
 DOMAINS = ["blue", "a blue", "star red"]
 Row = dict[str, Any]
@@ -60,13 +61,7 @@ def arguments(rows: list[Row], clip: Path, tmp_path: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a ViT that tells "bad" from "good"."""
-    folder = tmp_path_factory.mktemp("classifier")
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
-    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=4, **names)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return make_classifier(tmp_path_factory.mktemp("classifier"), "bad", "good")
 
 
 def built(out: Path) -> dict[int, list[int]]:

@@ -14,11 +14,12 @@ from datasets import Dataset
 from PIL import Image as PILImage
 from transformers import SamConfig, SamImageProcessorPil, SamModel, SamProcessor
 
-from lightning_mmgen.build.journal import Journal
 from lightning_mmgen.data.sources import JSONLSource, write_jsonl
 from lightning_mmgen.prompt import Box, Record, Reference
 from lightning_mmgen.tools.data import check
 from lightning_mmgen.tools.main import main
+
+from .conftest import contents, interrupt
 
 BOXES = (Box("cat", 3, 4, 30, 20, start=2), Box("dog", 5.5, 5, 50, 39), Box("dog", 1, 1, 12, 38, kind="person"))
 
@@ -139,27 +140,17 @@ def test_rows_that_cannot_be_read_are_counted_and_named(
 
 
 def test_shards_and_a_stopped_build_equal_one_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def contents(name: str) -> tuple[list[str], dict[str, bytes]]:
-        rows = sorted((tmp_path / name / "records.jsonl").read_text().splitlines())
-        return rows, {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in (tmp_path / name).rglob("*.png")}
-
     main(arguments)
     for shard in ("1/2", "0/2"):
         assert main([*arguments, "--out", str(tmp_path / "shards"), "--shard", shard]) == 0
-    add = Journal.add
-
-    def adding(journal: Journal, *args: Any) -> None:
-        if len(journal.done) == 2:
-            raise KeyboardInterrupt
-        add(journal, *args)
-
-    monkeypatch.setattr(Journal, "add", adding)
+    interrupt(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--out", str(tmp_path / "stopped")])
     monkeypatch.undo()
     assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
-    assert contents("out") == contents("shards") == contents("stopped")
-    assert len(contents("out")[0]) == 5
+    whole, shards, stopped = (contents(tmp_path / name, "*.png") for name in ("out", "shards", "stopped"))
+    assert whole == shards == stopped
+    assert len(whole[0]) == 5
 
 
 def test_pictures_in_a_parquet_file_become_files(arguments: list[str], sam: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +15,19 @@ from transformers import (
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
     PreTrainedTokenizerFast,
-    ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
 from lightning_mmgen.build.detector import Detector
-from lightning_mmgen.build.journal import Journal
 from lightning_mmgen.build.photos import Captioner
 from lightning_mmgen.data.images import square_around
 from lightning_mmgen.data.sources import JSONLSource
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.tools.data import check
 from lightning_mmgen.tools.main import main
+
+from .conftest import contents, interrupt, make_classifier
 
 WORDS = ["<pad>", "<unk>", "<s>", "</s>", "<image>", "USER", "what", "is", "this", *(f"word{i}" for i in range(40))]
 TEMPLATE = (
@@ -63,13 +62,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a ViT that tells "clean" from "watermark"."""
-    folder = tmp_path_factory.mktemp("classifier")
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.5}
-    names = {"id2label": {0: "clean", 1: "watermark"}, "label2id": {"clean": 0, "watermark": 1}}
-    torch.manual_seed(0)
-    ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=4, **names)).save_pretrained(folder)
-    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return make_classifier(tmp_path_factory.mktemp("classifier"), "clean", "watermark")
 
 
 def noise(seed: int, width: int = 60, height: int = 40) -> PILImage.Image:
@@ -219,28 +212,18 @@ def test_pictures_of_any_shape_are_captioned_in_a_batch_as_alone(llava: Path) ->
 
 
 def test_shards_and_a_stopped_build_equal_one_run(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def contents(name: str) -> tuple[list[str], dict[str, bytes]]:
-        rows = sorted((tmp_path / name / "records.jsonl").read_text().splitlines())
-        return rows, {p.relative_to(tmp_path / name).as_posix(): p.read_bytes() for p in (tmp_path / name).rglob("*.jpg")}
-
     arguments = [*arguments, "--format", "jpeg"]
     main(arguments)
     for shard in ("2/3", "0/3", "1/3"):
         assert main([*arguments, "--out", str(tmp_path / "shards"), "--shard", shard]) == 0
-    add = Journal.add
-
-    def adding(journal: Journal, *args: Any) -> None:
-        if len(journal.done) == 2:
-            raise KeyboardInterrupt
-        add(journal, *args)
-
-    monkeypatch.setattr(Journal, "add", adding)
+    interrupt(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--out", str(tmp_path / "stopped")])
     monkeypatch.undo()
     assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
-    assert contents("out") == contents("shards") == contents("stopped")
-    assert len(contents("out")[0]) == len(contents("out")[1]) == 8
+    whole, shards, stopped = (contents(tmp_path / name, "*.jpg") for name in ("out", "shards", "stopped"))
+    assert whole == shards == stopped
+    assert len(whole[0]) == len(whole[1]) == 8
 
 
 def test_what_a_user_can_mend_is_one_line(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from PIL import Image as PILImage
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
-from lightning_mmgen.build.journal import Journal
 from lightning_mmgen.build.synthetic import Pair, cross
 from lightning_mmgen.data.sources import JSONLSource
 from lightning_mmgen.metrics import PickScore
@@ -20,6 +18,7 @@ from lightning_mmgen.tools.data import check
 from lightning_mmgen.tools.main import main
 
 from ..conftest import CLIP_WORDS, UNET, make_vae
+from .conftest import interrupt
 
 CONTENTS, STYLES = ["a red cat", "a blue box", "a star on a box"], ["green", "red", "blue blue"]
 
@@ -97,25 +96,13 @@ def test_shards_and_a_stopped_build_give_the_pictures_of_one_run(
     whole = contents_of(tmp_path / "out")
     for shard in ("1/2", "0/2"):
         assert main([*arguments, "--out", str(tmp_path / "shards"), "--shard", shard]) == 0
-    stop_after(monkeypatch, 2)
+    interrupt(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--out", str(tmp_path / "stopped")])
     monkeypatch.undo()
     assert len((tmp_path / "stopped" / "journal.jsonl").read_text().splitlines()) == 1 + 2
     assert main([*arguments, "--out", str(tmp_path / "stopped")]) == 0
     assert contents_of(tmp_path / "shards") == contents_of(tmp_path / "stopped") == whole and len(whole) == 9
-
-
-def stop_after(monkeypatch: pytest.MonkeyPatch, items: int) -> None:
-    """The process is interrupted once so many batches are noted."""
-    add = Journal.add
-
-    def adding(journal: Journal, *args: Any) -> None:
-        if len(journal.done) == items:
-            raise KeyboardInterrupt
-        add(journal, *args)
-
-    monkeypatch.setattr(Journal, "add", adding)
 
 
 def test_few_styles_a_content_are_different_and_balanced() -> None:
