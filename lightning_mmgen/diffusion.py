@@ -1,4 +1,4 @@
-"""The diffusion process: noise schedule, prediction types, SNR weights, the estimate of z_0, and condition dropout.
+"""The diffusion process: noise schedule, prediction types, SNR weights, the estimate of z_0, guidance rules, and condition dropout.
 
 Notation:
 ``z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps``; SNR(t) = abar_t / (1 - abar_t); ``v = sqrt(abar_t) eps - sqrt(1 - abar_t) z_0``.
@@ -116,6 +116,24 @@ class Diffusion:
             return torch.ones_like(timesteps, dtype=torch.float32)
         snr = self.snr(timesteps)
         return snr.clamp(max=self.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+
+
+GuidanceRule = Literal["constant", "alternating"]
+
+
+def guidance_at(step: int, scale: float, rule: GuidanceRule) -> float:
+    """The guidance scale of a sampling step, counted from 0; 1 is none.
+
+    Args:
+        rule: ``constant``: ``scale`` in every step; ``alternating``: on even steps, and none on odd ones (Instruct-Imagen, appendix: 25
+            and none on consecutive steps).
+    """
+    return 1.0 if rule == "alternating" and step % 2 else scale
+
+
+def guide(empty: Tensor, full: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (Ho & Salimans 2022) of predictions without and with the condition, [b, c, h, w]."""
+    return empty + scale * (full - empty)
 
 
 @dataclass

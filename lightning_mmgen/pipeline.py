@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import BaseOutput
 from PIL import Image as PILImage
 from PIL.Image import Image
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .batch import Condition, PackedImages, pack
 from .data.images import pixels
+from .diffusion import GuidanceRule, guidance_at, guide
 from .models.adapter import Adapter
 from .models.codec import Codec
 from .models.encoder import Encoder
@@ -28,17 +30,38 @@ if TYPE_CHECKING:
     from .module import MultimodalDiffusion
 
 
+SchedulerName = Literal["ddim", "ddpm"]
+SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+
+
 @dataclass
 class Sampler:
     """How pictures are drawn from the model (MUMU, section 3: DDIM, 50 steps, guidance 6).
 
+    Instruct-Imagen's own is ``{scheduler: ddpm, steps: 256, guidance: alternating, guidance_scale: 25}`` (appendix). Its text says nothing
+    about thresholding or clipping at scale 25, nor which of DDPM's variances it takes: the estimate of z_0 is left as it is, and the
+    variance is the posterior's (Ho et al. 2020, equation 7).
+
     Args:
-        steps: DDIM steps.
+        steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 is none.
+        scheduler: ``ddim`` (eta 0), or ``ddpm``, which draws noise in each step.
+        guidance: ``constant``, or ``alternating``: the scale on even steps, none on odd ones, which halves their work.
     """
 
     steps: int = 50
     guidance_scale: float = 6.0
+    scheduler: SchedulerName = "ddim"
+    guidance: GuidanceRule = "constant"
+
+    def __post_init__(self) -> None:
+        for name, known in (("scheduler", get_args(SchedulerName)), ("guidance", get_args(GuidanceRule))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"sampler.{name} must be {' or '.join(known)}, not {value!r}")
+
+    def scheduler_of(self, config: Any) -> DDIMScheduler | DDPMScheduler:
+        """The scheduler, for a process given as a ``diffusers`` configuration."""
+        return SCHEDULERS[self.scheduler].from_config(config)
 
 
 class PipelineOutput(BaseOutput):
@@ -51,8 +74,11 @@ class MultimodalPipeline(DiffusionPipeline):
     """Text with pictures in it to pictures (MUMU, section 3: DDIM, no negative prompt).
 
     The empty condition of the guidance is an empty prompt through encoder and adapter. ``sampler`` holds steps and guidance scale for calls
-    that name none; a pipeline that was exported brings its own.
+    that name none, and the guidance rule; setting it sets the scheduler too. A pipeline that was exported brings its own. Any scheduler of
+    ``diffusers`` may be set after it.
     """
+
+    scheduler: Any
 
     def __init__(
         self,
@@ -65,12 +91,22 @@ class MultimodalPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler)
-        self.codec, self.sampler = Codec(vae), sampler or Sampler()
+        self.codec, self._sampler = Codec(vae), sampler or Sampler()
+        if sampler is not None:
+            self.sampler = sampler
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, sampler: Sampler) -> None:
+        self._sampler, self.scheduler = sampler, sampler.scheduler_of(self.scheduler.config)
 
     @classmethod
     def of(cls, module: MultimodalDiffusion) -> MultimodalPipeline:
         """The pipeline over a module's own parts: what the callbacks sample with during training."""
-        scheduler = DDIMScheduler(**module.diffusion.scheduler_config())
+        scheduler = module.sampler.scheduler_of(module.diffusion.scheduler_config())
         return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler)
 
     @classmethod
@@ -95,8 +131,9 @@ class MultimodalPipeline(DiffusionPipeline):
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
-        adapter, scheduler = Adapter.from_pretrained(root / "adapter"), DDIMScheduler.from_pretrained(root / "scheduler")
-        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, Sampler(**index["sampler"])).frozen()
+        sampler = Sampler(**index["sampler"])
+        adapter, scheduler = Adapter.from_pretrained(root / "adapter"), SCHEDULERS[sampler.scheduler].from_pretrained(root / "scheduler")
+        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, sampler).frozen()
 
     def frozen(self) -> MultimodalPipeline:
         """For inference alone: evaluation mode, no gradients, and every weight in memory of its own. PyTorch picks kernels by gradients
@@ -128,7 +165,7 @@ class MultimodalPipeline(DiffusionPipeline):
             num_inference_steps: denoising steps; the sampler's own if none are given.
             guidance_scale: classifier-free guidance, likewise; 1 is none, and halves the work.
             height, width: of the pictures, in pixels; the UNet's own size if none is given.
-            generator: of the initial noise, one or one a prompt.
+            generator: of the initial noise and then of each step's, one or one a prompt; on the CPU.
             output_type: ``pil`` or ``pt``.
 
         Raises:
@@ -166,19 +203,26 @@ class MultimodalPipeline(DiffusionPipeline):
         multiple = self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
             raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
-        if scale != 1:
-            condition = join(self.encode([""], [[]], []), condition)
+        both = condition if scale == 1 else join(self.encode([""], [[]], []), condition)
         shape = (count, self.codec.channels, height // self.codec.factor, width // self.codec.factor)
         self.scheduler.set_timesteps(steps, device=self.device)
         latents = initial_noise(shape, generator).to(self.device) * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
-            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if scale == 1 else 2)), t)
-            prediction = denoise(self.unet, z_t, t.expand(len(z_t)), condition, (height, width)).float()
-            if scale != 1:
+        noise = self._step_noise(generator)
+        for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            now = guidance_at(i, scale, self.sampler.guidance)
+            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if now == 1 else 2)), t)
+            prediction = denoise(self.unet, z_t, t.expand(len(z_t)), condition if now == 1 else both, (height, width)).float()
+            if now != 1:
                 empty, full = prediction.chunk(2)
-                prediction = empty + scale * (full - empty)
-            latents = self.scheduler.step(prediction, t, latents).prev_sample
+                prediction = guide(empty, full, now)
+            latents = self.scheduler.step(prediction, t, latents, **noise).prev_sample
         return self.codec.decode(latents)
+
+    def _step_noise(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
+        """Where a step's noise comes from, for a scheduler that draws any: as :func:`initial_noise`, on the CPU."""
+        if "generator" not in inspect.signature(self.scheduler.step).parameters:
+            return {}
+        return {"generator": torch.default_generator if generator is None else generator}
 
 
 def initial_noise(shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None) -> Tensor:

@@ -64,6 +64,8 @@ def test_the_callbacks_are_installed_inside_the_package_only(tmp_path: Path) -> 
         (["--model.init_args.codec.pretrained=toybox/none"], "toybox/none"),
         (["--model.init_args.diffusion.prediction_type=epsilon"], "zero_terminal_snr"),
         (["--model.init_args.condition_dropout.both=1.5"], "condition_dropout"),
+        (["--model.init_args.sampler.scheduler=euler"], "scheduler"),
+        (["--model.init_args.sampler.guidance=sometimes"], "guidance"),
         (["--model.init_args.encoder.init_args.max_tokens=9"], "more than max_tokens=9"),
         (["-c", "no_such.yaml"], "no_such.yaml"),
     ],

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -17,9 +17,9 @@ from lightning_mmgen.models.adapter import Adapter, AdapterConfig
 from lightning_mmgen.models.codec import CodecConfig
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.parameters import Row
-from lightning_mmgen.models.unet import UNetConfig
+from lightning_mmgen.models.unet import UNetConfig, denoise
 from lightning_mmgen.module import MultimodalDiffusion
-from lightning_mmgen.pipeline import MultimodalPipeline, Sampler, initial_noise, join, to_pil
+from lightning_mmgen.pipeline import MultimodalPipeline, Sampler, SchedulerName, initial_noise, join, to_pil
 from lightning_mmgen.prompt import MultimodalPrompt, Reference
 
 DIFFUSION = Diffusion("v_prediction", zero_terminal_snr=True)
@@ -57,10 +57,13 @@ def drawn_latents(pipeline: MultimodalPipeline, prompts: Any, **settings: Any) -
 
 
 @torch.no_grad()
-def plain_ddim(pipeline: MultimodalPipeline, prompt: MultimodalPrompt, seed: int, guidance: float, side: tuple[int, int]) -> Tensor:
-    """One prompt in 5 steps, by the formulas: v-prediction, trailing steps, eta 0 (Song et al. 2021, equation 12).
+def plain(
+    pipeline: MultimodalPipeline, prompt: MultimodalPrompt, seed: int, scales: list[float], side: tuple[int, int], ddpm: bool = False
+) -> Tensor:
+    """One prompt in 5 steps, by the formulas: v-prediction, trailing steps; eta 0 (Song et al. 2021, equation 12), or a draw from the
+    posterior in each step (Ho et al. 2020, equation 7).
 
-    The empty condition has a pass of its own.
+    ``scales`` are the steps' guidance; the empty condition has a pass of its own.
     """
 
     def velocity(z: Tensor, t: int, p: MultimodalPrompt) -> Tensor:
@@ -70,16 +73,22 @@ def plain_ddim(pipeline: MultimodalPipeline, prompt: MultimodalPrompt, seed: int
         return pipeline.unet(z, torch.tensor(t), c.tokens, added_cond_kwargs=added).sample
 
     abar = DIFFUSION.alphas_cumprod.double()
-    z = torch.randn(1, 4, side[0] // 2, side[1] // 2, generator=torch.Generator().manual_seed(seed))
-    for t, then in ((999, 799), (799, 599), (599, 399), (399, 199), (199, -1)):
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(1, 4, side[0] // 2, side[1] // 2, generator=generator)
+    for t, then, scale in zip((999, 799, 599, 399, 199), (799, 599, 399, 199, -1), scales, strict=True):
         v = velocity(z, t, prompt)
-        if guidance != 1:
+        if scale != 1:
             e = velocity(z, t, MultimodalPrompt(""))
-            v = e + guidance * (v - e)
+            v = e + scale * (v - e)
         now, next_ = abar[t].item(), abar[then].item() if then >= 0 else 1.0
         z0 = now**0.5 * z - (1 - now) ** 0.5 * v
-        noise = now**0.5 * v + (1 - now) ** 0.5 * z
-        z = next_**0.5 * z0 + (1 - next_) ** 0.5 * noise
+        if ddpm:
+            alpha = now / next_
+            mean = (next_**0.5 * (1 - alpha) * z0 + alpha**0.5 * (1 - next_) * z) / (1 - now)
+            z = mean + ((1 - next_) / (1 - now) * (1 - alpha)) ** 0.5 * torch.randn(z.shape, generator=generator)
+        else:
+            noise = now**0.5 * v + (1 - now) ** 0.5 * z
+            z = next_**0.5 * z0 + (1 - next_) ** 0.5 * noise
     return z
 
 
@@ -87,8 +96,43 @@ def plain_ddim(pipeline: MultimodalPipeline, prompt: MultimodalPrompt, seed: int
 def test_latents_equal_a_plain_ddim(pipeline: MultimodalPipeline, guidance: float) -> None:
     latents = drawn_latents(pipeline, PROMPTS, num_inference_steps=5, guidance_scale=guidance, height=8, width=12, generator=seeds(1, 2, 3))
     for i, prompt in enumerate(PROMPTS):
-        expected = plain_ddim(pipeline, prompt, i + 1, guidance, (8, 12))
+        expected = plain(pipeline, prompt, i + 1, [guidance] * 5, (8, 12))
         torch.testing.assert_close(latents[i : i + 1], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scales"),
+    [
+        (Sampler(5, 25.0, "ddpm", "alternating"), [25.0, 1.0, 25.0, 1.0, 25.0]),  # Instruct-Imagen's
+        (Sampler(5, 25.0, "ddim", "alternating"), [25.0, 1.0, 25.0, 1.0, 25.0]),
+        (Sampler(5, 6.0, "ddpm"), [6.0] * 5),
+        (Sampler(5, 1.0, "ddpm", "alternating"), [1.0] * 5),
+    ],
+    ids=lambda v: f"{v.scheduler}-{v.guidance}-{v.guidance_scale:g}" if isinstance(v, Sampler) else "",
+)
+def test_latents_equal_the_formulas_of_scheduler_and_guidance_rule(
+    pipeline: MultimodalPipeline, sampler: Sampler, scales: list[float]
+) -> None:
+    pipeline.sampler = sampler
+    latents = drawn_latents(pipeline, PROMPTS, height=8, width=12, generator=seeds(1, 2, 3))
+    for i, prompt in enumerate(PROMPTS):
+        expected = plain(pipeline, prompt, i + 1, scales, (8, 12), sampler.scheduler == "ddpm")
+        torch.testing.assert_close(latents[i : i + 1], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_default_pictures_are_those_of_a_loop_over_ddim_to_the_last_bit(pipeline: MultimodalPipeline) -> None:
+    pipeline.sampler = Sampler()
+    drawn = pipeline(PROMPTS[:2], generator=seeds(1, 2), output_type="pt").images
+    references = pack([[pixels(r.image, pipeline.encoder.reference_size) for r in p.references] for p in PROMPTS[:2]])
+    full = pipeline.encode([p.instruction for p in PROMPTS[:2]], [[r.marker for r in p.references] for p in PROMPTS[:2]], references)
+    both, scheduler = join(pipeline.encode([""], [[]], []), full), DDIMScheduler(**DIFFUSION.scheduler_config())
+    scheduler.set_timesteps(50)
+    z = torch.stack([torch.randn(4, 8, 8, generator=g) for g in seeds(1, 2)])
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            empty, prompted = denoise(pipeline.unet, torch.cat([z, z]), t.expand(4), both, (16, 16)).chunk(2)
+            z = scheduler.step(empty + 6.0 * (prompted - empty), t, z).prev_sample
+        assert isinstance(drawn, Tensor) and torch.equal(drawn, pipeline.codec.decode(z))
 
 
 def test_without_guidance_the_unet_sees_no_empty_prompt(pipeline: MultimodalPipeline) -> None:
@@ -100,7 +144,20 @@ def test_without_guidance_the_unet_sees_no_empty_prompt(pipeline: MultimodalPipe
         assert sizes == [size, size]
 
 
-def test_pictures_do_not_depend_on_the_batch_around_them(pipeline: MultimodalPipeline) -> None:
+def test_alternating_guidance_halves_the_rows_of_every_other_step(pipeline: MultimodalPipeline) -> None:
+    sizes: list[int] = []
+    pipeline.unet.conv_in.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    pipeline.sampler = Sampler(5, 25.0, guidance="alternating")
+    pipeline(PROMPTS)
+    assert sizes == [6, 3, 6, 3, 6]
+    sizes.clear()
+    pipeline(PROMPTS, guidance_scale=1.0)
+    assert sizes == [3] * 5
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
+def test_pictures_do_not_depend_on_the_batch_around_them(pipeline: MultimodalPipeline, scheduler: SchedulerName) -> None:
+    pipeline.sampler = Sampler(scheduler=scheduler)
     together = pipeline(PROMPTS, 4, generator=seeds(5, 6, 7), output_type="pt").images
     assert together.shape == (3, 3, 16, 16) and together.abs().max() <= 1
     for i, seed in enumerate((5, 6, 7)):
@@ -127,6 +184,43 @@ def test_a_call_that_names_no_steps_takes_those_of_the_sampler(pipeline: Multimo
     own = pipeline(PROMPTS[0], generator=seeds(1), output_type="pt").images
     assert torch.equal(own, pipeline(PROMPTS[0], 3, 1.0, generator=seeds(1), output_type="pt").images)
     assert not torch.equal(own, pipeline(PROMPTS[0], 3, 0.0, generator=seeds(1), output_type="pt").images)
+
+
+def test_the_noise_of_ddpms_steps_follows_from_the_seed(pipeline: MultimodalPipeline) -> None:
+    def draw(generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        images = pipeline(PROMPTS[:2], generator=generator, output_type="pt").images
+        assert isinstance(images, Tensor)
+        return images
+
+    ddim = draw(seeds(1, 2))
+    pipeline.sampler = Sampler(4, scheduler="ddpm")
+    several, one = draw(seeds(1, 2)), draw(seeds(1)[0])
+    assert torch.equal(draw(seeds(1, 2)), several) and torch.equal(draw(seeds(1)[0]), one)
+    torch.manual_seed(1)
+    assert torch.equal(draw(None), one)
+    for other in (ddim, draw(seeds(1, 3)), draw(seeds(2)[0])):
+        assert not torch.allclose(other[1], several[1], atol=1e-3)
+
+
+def test_setting_the_sampler_sets_the_scheduler_of_the_same_process(pipeline: MultimodalPipeline) -> None:
+    for name, kind in (("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)):
+        pipeline.sampler = Sampler(scheduler=name)  # type: ignore[arg-type]
+        assert type(pipeline.scheduler) is kind
+        config = DIFFUSION.scheduler_config()
+        assert {k: pipeline.scheduler.config[k] for k in config} == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheduler": "euler"}, "sampler.scheduler must be ddim or ddpm, not 'euler'"),
+        ({"guidance": "sometimes"}, "sampler.guidance must be constant or alternating, not 'sometimes'"),
+    ],
+)
+def test_an_unknown_scheduler_or_rule_raises(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        Sampler(**settings)
+    assert str(error.value) == message
 
 
 def test_euler_steps_draw_what_ddim_draws(pipeline: MultimodalPipeline) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -47,7 +47,7 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     _, unet_config, codec_config = module.parts
     full = {n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n}
     _merged(module.adapter, dtype or torch.float32).save_pretrained(root / "adapter")
-    DDIMScheduler(**module.diffusion.scheduler_config()).save_pretrained(root / "scheduler")
+    module.sampler.scheduler_of(module.diffusion.scheduler_config()).save_pretrained(root / "scheduler")
     if unet_config.from_scratch or any(n.startswith("unet.") for n in full):
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")
     if trained := {_plain(n.removeprefix("encoder.")): p for n, p in module.named_parameters() if n in full and n.startswith("encoder.")}:

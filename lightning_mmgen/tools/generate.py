@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,8 +67,10 @@ def generate(args: argparse.Namespace) -> list[Path]:
     pipeline = MultimodalPipeline.of(load_module(args.ckpt)).frozen() if args.ckpt else MultimodalPipeline.from_pretrained(args.model)
     if torch.cuda.is_available():
         pipeline.to("cuda")
+    given = {"steps": args.steps, "guidance_scale": args.guidance, "guidance": args.guidance_rule, "scheduler": args.scheduler}
+    pipeline.sampler = replace(pipeline.sampler, **{k: v for k, v in given.items() if v is not None})
     noise = [torch.Generator().manual_seed(args.seed + i) for i in range(args.count)]
-    drawn = pipeline([prompt] * args.count, args.steps, args.guidance, args.height, args.width, noise).images
+    drawn = pipeline([prompt] * args.count, height=args.height, width=args.width, generator=noise).images
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     paths = [out] if args.count == 1 else [out.with_name(f"{out.stem}-{i}{out.suffix or '.png'}") for i in range(args.count)]

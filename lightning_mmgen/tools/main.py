@@ -24,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--steps", type=int, help="denoising steps; the experiment's own by default")
     generate.add_argument("--guidance", type=float, help="guidance scale; the experiment's own by default")
+    generate.add_argument("--guidance-rule", choices=["constant", "alternating"], help="every step, or every other; likewise")
+    generate.add_argument("--scheduler", choices=["ddim", "ddpm"], help="likewise")
     generate.add_argument("--count", type=int, default=1, help="pictures")
     generate.add_argument("--height", type=int, help="pixels")
     generate.add_argument("--width", type=int, help="pixels")

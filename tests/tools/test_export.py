@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,7 +22,7 @@ from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.parameters import Row
 from lightning_mmgen.models.unet import UNetConfig
 from lightning_mmgen.module import MultimodalDiffusion
-from lightning_mmgen.pipeline import MultimodalPipeline
+from lightning_mmgen.pipeline import MultimodalPipeline, Sampler
 from lightning_mmgen.tools.export import export
 
 from ..test_pipeline import PROMPTS, seeds
@@ -74,6 +76,23 @@ def test_an_export_draws_the_same_pictures(module: MultimodalDiffusion, parts: P
     assert_reloads(module, tmp_path)
     untrained = MultimodalPipeline.of(trained(parts, module.table.rows, by=0.0))
     assert not torch.allclose(drawn(MultimodalPipeline.of(module)), drawn(untrained), atol=0.1)
+
+
+def test_an_export_keeps_scheduler_and_guidance_rule(module: MultimodalDiffusion, tmp_path: Path) -> None:
+    constant = drawn(MultimodalPipeline.of(module))
+    module.sampler = Sampler(2, 3.0, "ddpm", "alternating")
+    assert_reloads(module, tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["sampler"] == asdict(module.sampler)
+    assert json.loads((tmp_path / "scheduler" / "scheduler_config.json").read_text())["_class_name"] == "DDPMScheduler"
+    assert not torch.allclose(drawn(MultimodalPipeline.from_pretrained(tmp_path)), constant, atol=1e-3)
+
+
+def test_an_index_without_scheduler_and_rule_is_ddim_with_constant_guidance(module: MultimodalDiffusion, tmp_path: Path) -> None:
+    index = json.loads((export(module, tmp_path) / "model_index.json").read_text())
+    index["sampler"] = {"steps": 3, "guidance_scale": 2.0}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    pipeline = MultimodalPipeline.from_pretrained(tmp_path)
+    assert pipeline.sampler == Sampler(3, 2.0, "ddim", "constant") and type(pipeline.scheduler) is DDIMScheduler
 
 
 def test_an_export_holds_no_pickles(module: MultimodalDiffusion, tmp_path: Path) -> None:

@@ -93,6 +93,9 @@ def test_settings_show_in_the_picture(checkpoint: Path, tmp_path: Path) -> None:
     assert generate(checkpoint, tmp_path / "steps.png", "--steps", "3") != plain
     assert generate(checkpoint, tmp_path / "guidance.png", "--guidance", "1") != plain
     assert generate(checkpoint, tmp_path / "words.png", prompt="a red cat") != plain
+    assert generate(checkpoint, tmp_path / "own.png", "--scheduler", "ddim", "--guidance-rule", "constant") == plain
+    assert generate(checkpoint, tmp_path / "noise.png", "--scheduler", "ddpm") != plain
+    assert generate(checkpoint, tmp_path / "rule.png", "--guidance-rule", "alternating") != plain
 
 
 def test_another_aspect(checkpoint: Path, tmp_path: Path) -> None:
