@@ -64,7 +64,7 @@ class MultimodalDiffusion(L.LightningModule):
         condition_dropout: how often parts of the prompt are left out in training.
         schedule: warm-up and decay of all learning rates.
         sampler: how the callbacks draw pictures.
-        betas: of AdamW.
+        betas: of AdamW; Adafactor takes the first.
         start: a checkpoint whose trained weights a fit begins from, with a new optimizer and a new count of steps (MUMU's stage 2 after
             its stage 1); it has the same parameter table.
     """

@@ -1,4 +1,4 @@
-"""One optimizer for the whole parameter table: AdamW, and Muon for the rows that ask for it."""
+"""One optimizer for the whole parameter table: AdamW, and Muon or Adafactor for the rows that ask for it."""
 
 from __future__ import annotations
 
@@ -8,35 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
+from transformers.optimization import Adafactor
 
 
 def make_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999), fused: bool = False) -> Optimizer:
-    """torch's own AdamW where no group asks for Muon (it is what DeepSpeed knows), else both as one.
+    """torch's own AdamW where no group asks for another (it is what DeepSpeed knows), else all as one.
 
     Args:
-        groups: of parameters, each with ``name``, ``lr``, ``weight_decay`` and ``optimizer``: ``adamw`` or ``muon``.
-        betas: of AdamW.
+        groups: of parameters, each with ``name``, ``lr``, ``weight_decay`` and ``optimizer``: ``adamw``, ``muon`` or ``adafactor``.
+        betas: of AdamW; Adafactor takes the first.
         fused: AdamW's fused kernel.
     """
     if all(g["optimizer"] == "adamw" for g in groups):
         return AdamW(groups, betas=betas, fused=fused)
-    return MuonAdamW(groups, betas, fused)
+    return TableOptimizer(groups, betas, fused)
 
 
-class MuonAdamW(Optimizer):
-    """AdamW and Muon (Jordan et al. 2024) of torch, as one optimizer that schedules, clips and saves as one.
+class TableOptimizer(Optimizer):
+    """AdamW and Muon (Jordan et al. 2024) of torch and Adafactor of transformers, as one optimizer that schedules, clips and saves as one.
 
     Muon orthogonalises the update of a matrix, so that directions with small gradients are learned as fast as those with large ones. Its
-    rate is scaled to AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both. Arguments: see :func:`make_optimizer`.
+    rate is scaled to AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both.
+
+    Adafactor (Shazeer & Stern 2018, algorithms 4 and 5) keeps a second moment by rows and columns, of the last two axes of a tensor of two
+    or more; a vector keeps all of its own. State is float32, as is all that is trained. The rate is the group's (no relative steps).
+    Instruct-Imagen gives beta2 .999, but the library has no beta2: its own decay is used, 1 - t^-0.8. Its momentum, beta1, holds steps
+    already times the rate, so that a change of rate reaches the weights over some ten steps. ZeRO, which flattens tensors, would undo the
+    factoring. Arguments: see :func:`make_optimizer`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> None:
-        chosen = {kind: [g for g in groups if g["optimizer"] == kind] for kind in ("adamw", "muon")}
-        self.inner: dict[str, Optimizer] = {}
-        if chosen["adamw"]:
-            self.inner["adamw"] = AdamW(chosen["adamw"], betas=betas, fused=fused)
-        if chosen["muon"]:
-            self.inner["muon"] = StackedMuon(chosen["muon"], momentum=0.9, adjust_lr_fn="match_rms_adamw")
+        kinds: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
+            "adamw": lambda chosen: AdamW(chosen, betas=betas, fused=fused),
+            "muon": lambda chosen: StackedMuon(chosen, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+            "adafactor": lambda chosen: Adafactor(chosen, beta1=betas[0], scale_parameter=False, relative_step=False, warmup_init=False),
+        }
+        chosen = {kind: [g for g in groups if g["optimizer"] == kind] for kind in kinds}
+        self.inner = {kind: make(chosen[kind]) for kind, make in kinds.items() if chosen[kind]}
         super().__init__(groups, {})  # the same dictionaries, which now hold their optimizer's settings
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from typing import Any
 
 import pytest
@@ -11,6 +12,12 @@ from lightning_mmgen.models.parameters import ParameterTable, Row
 from lightning_mmgen.optimizer import StackedMuon, make_optimizer
 
 ROWS = [Row("a", "full", lr=4e-3, weight_decay=0.1, optimizer="muon"), Row("b", "full", lr=1e-3), Row("codec", "frozen")]
+ALL_THREE = [
+    Row("a", "full", lr=4e-3, weight_decay=0.1, optimizer="muon"),
+    Row("a.1", "full", lr=1e-3),
+    Row("b", "full", lr=2e-3, weight_decay=0.05, optimizer="adafactor"),
+    Row("codec", "frozen"),
+]
 
 
 class Net(nn.Module):
@@ -22,8 +29,8 @@ class Net(nn.Module):
         return self.b(self.a(x))
 
 
-def groups(net: Net) -> list[dict[str, Any]]:
-    table = ParameterTable(ROWS)
+def groups(net: Net, rows: list[Row] = ROWS) -> list[dict[str, Any]]:
+    table = ParameterTable(rows)
     table.apply(net, [])
     return table.groups()
 
@@ -43,6 +50,16 @@ def test_a_rows_matrices_go_to_muon_and_all_else_to_adamw() -> None:
         "a": ("muon", 4e-3, [(8, 6)]),
         "a (vectors)": ("adamw", 4e-3, [(8,), (8,), (8,)]),
         "b": ("adamw", 1e-3, [(3, 8), (3,)]),
+    }
+
+
+def test_a_row_of_adafactor_keeps_matrices_and_vectors_together() -> None:
+    found = {g["name"]: (g["optimizer"], g["lr"], [tuple(p.shape) for p in g["params"]]) for g in groups(Net(), ALL_THREE)}
+    assert found == {
+        "a": ("muon", 4e-3, [(8, 6)]),
+        "a (vectors)": ("adamw", 4e-3, [(8,)]),
+        "a.1": ("adamw", 1e-3, [(8,), (8,)]),
+        "b": ("adafactor", 2e-3, [(3, 8), (3,)]),
     }
 
 
@@ -75,16 +92,78 @@ def test_a_step_is_muons_formula_on_the_matrix_and_adamws_on_the_rest() -> None:
     torch.testing.assert_close(net.a[0].weight, expected, rtol=0, atol=2e-4)
 
 
-def test_a_saved_state_goes_on_bit_equal() -> None:
-    net = Net()
-    optimizer = make_optimizer(groups(net))
+def adafactor(x: Tensor, grads: list[Tensor], rates: list[float], decay: float) -> Tensor:
+    """Shazeer & Stern 2018, algorithms 4 (the last two axes) and 5 (vectors), in float64: decay 1 - t^-0.8, clipping at 1, given rates;
+    beta1 .9 averages the steps."""
+    x, rows, columns, square, step = x.double(), *[torch.zeros((), dtype=torch.float64)] * 4
+    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), 1):
+        beta2, new = 1 - t**-0.8, g.double() ** 2 + 1e-30
+        if x.ndim > 1:
+            rows = beta2 * rows + (1 - beta2) * new.sum(-1, keepdim=True)
+            columns = beta2 * columns + (1 - beta2) * new.sum(-2, keepdim=True)
+            square = rows * columns / rows.sum(-2, keepdim=True)
+        else:
+            square = beta2 * square + (1 - beta2) * new
+        update = g / square.sqrt()
+        step = 0.9 * step + 0.1 * rate * update / update.square().mean().sqrt().clamp(min=1)
+        x = x - rate * decay * x - step
+    return x
+
+
+def test_steps_are_adafactors_algorithms() -> None:
+    """At rates that a scheduler changes, with gradients that grow, so that clipping is at work."""
+    shapes, rates = [(6, 4), (5,), (2, 3, 4, 5)], [2e-2 * f for f in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0)]
+    weights = [nn.Parameter(torch.randn(s)) for s in shapes]
+    before = [w.detach().clone() for w in weights]
+    grads = [[(i + 1) ** 2 * torch.randn(s) for i in range(6)] for s in shapes]
+    group = {"name": "a", "params": weights, "lr": 2e-2, "weight_decay": 0.1, "optimizer": "adafactor"}
+    optimizer = make_optimizer([group], (0.9, 0.999))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / 4, 1.0))
+    for i in range(6):
+        for w, g in zip(weights, grads, strict=True):
+            w.grad = g[i]
+        optimizer.step()
+        schedule.step()
+    for w, start, g in zip(weights, before, grads, strict=True):
+        torch.testing.assert_close(w.double(), adafactor(start, g, rates, 0.1), rtol=0, atol=1e-6)
+        assert (w - start).abs().max() > 0.02
+    sizes = [{n: tuple(v.shape) for n, v in s.items() if n.startswith("exp_avg_sq")} for s in optimizer.state_dict()["state"].values()]
+    assert sizes == [
+        {"exp_avg_sq_row": (6,), "exp_avg_sq_col": (4,)},
+        {"exp_avg_sq": (5,)},
+        {"exp_avg_sq_row": (2, 3, 4), "exp_avg_sq_col": (2, 3, 5)},
+    ]
+
+
+def test_each_group_steps_as_its_optimizer_would_alone() -> None:
+    def group(kind: str, seed: int) -> dict[str, Any]:
+        weights = [nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)))]
+        return {"name": kind, "params": weights, "lr": 1e-2 * seed, "weight_decay": 0.1 * seed, "optimizer": kind}
+
+    kinds = ("adafactor", "adamw", "muon")
+    together, apart = ([group(kind, i + 1) for i, kind in enumerate(kinds)] for _ in range(2))
+    optimizers = [make_optimizer(together), *(make_optimizer([g]) for g in apart)]
+    for step in range(3):
+        for g in (*together, *apart):
+            g["params"][0].grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(a["params"][0], b["params"][0]) for a, b in zip(together, apart, strict=True))
+
+
+@pytest.mark.parametrize("rows", [ROWS, ALL_THREE], ids=["muon", "all three"])
+def test_a_saved_state_goes_on_bit_equal(rows: list[Row]) -> None:
+    net, file = Net(), io.BytesIO()
+    optimizer = make_optimizer(groups(net, rows))
     train(net, optimizer, range(4))
-    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    torch.save(optimizer.state_dict(), file)
+    weights = copy.deepcopy(net.state_dict())
     train(net, optimizer, range(4, 8))
     again = Net()
     again.load_state_dict(weights)
-    resumed = make_optimizer(groups(again))
-    resumed.load_state_dict(saved)
+    resumed = make_optimizer(groups(again, rows))
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
     train(again, resumed, range(4, 8))
     for (name, p), q in zip(net.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -103,7 +182,7 @@ def test_a_scheduler_reaches_both() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_table_without_muon_gets_torchs_own_adamw(fused: bool) -> None:
+def test_a_table_of_adamw_alone_gets_torchs_own(fused: bool) -> None:
     optimizer = make_optimizer([{"params": [nn.Parameter(torch.ones(2, 2))], "lr": 1e-3, "optimizer": "adamw"}], (0.8, 0.9), fused)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["betas"] == (0.8, 0.9) and optimizer.param_groups[0]["fused"] is fused

@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
+
+OptimizerName = Literal["adamw", "muon", "adafactor"]
 
 
 @dataclass
@@ -27,7 +29,8 @@ class Row:
         target_modules: ends of the names of the linear layers that get LoRA; by default the attention projections below the row,
             or every linear layer where there are none.
         weight_decay: decoupled, as in AdamW.
-        optimizer: ``adamw``, or ``muon`` for the row's matrices (its vectors stay with AdamW, at the same rate).
+        optimizer: ``adamw``; ``muon`` for the row's matrices (its vectors stay with AdamW, at the same rate); ``adafactor``
+            (Instruct-Imagen) for all of the row.
         dtype: of the frozen weights (``bfloat16``, say); what is trained is float32.
         checkpointing: recompute activations in the backward pass.
     """
@@ -40,7 +43,7 @@ class Row:
     dropout: float = 0.0
     target_modules: list[str] | None = None
     weight_decay: float = 0.01
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     dtype: str | None = None
     checkpointing: bool = False
 
@@ -55,6 +58,8 @@ class Row:
             raise ValueError(f"parameter row {self.match!r}: the codec is not trained here")
         if self.train == "lora" and self.rank < 1:
             raise ValueError(f"parameter row {self.match!r}: rank must be 1 or more")
+        if self.optimizer not in (known := get_args(OptimizerName)):
+            raise ValueError(f"parameter row {self.match!r}: optimizer must be one of {', '.join(known)}, not {self.optimizer!r}")
 
     def covers(self, name: str) -> bool:
         """Whether a dotted name is the row's module or lies below it."""
@@ -207,13 +212,13 @@ class ParameterTable:
         """One optimizer group a trained row, named after it; with Muon, one more for the row's vectors."""
         groups = []
         for s in self.states:
-            muon = [p for _, p in s.parameters if s.row.optimizer == "muon" and p.ndim == 2]
-            rest = [p for _, p in s.parameters if s.row.optimizer == "adamw" or p.ndim != 2]
-            rates = {"lr": s.row.lr, "weight_decay": s.row.weight_decay}
-            if muon:
-                groups.append({"name": s.row.match, "params": muon, "optimizer": "muon", **rates})
+            kind, rates = s.row.optimizer, {"lr": s.row.lr, "weight_decay": s.row.weight_decay}
+            own = [p for _, p in s.parameters if kind != "muon" or p.ndim == 2]
+            rest = [p for _, p in s.parameters if kind == "muon" and p.ndim != 2]
+            if own:
+                groups.append({"name": s.row.match, "params": own, "optimizer": kind, **rates})
             if rest:
-                name = f"{s.row.match} (vectors)" if muon else s.row.match
+                name = f"{s.row.match} (vectors)" if own else s.row.match
                 groups.append({"name": name, "params": rest, "optimizer": "adamw", **rates})
         return groups
 

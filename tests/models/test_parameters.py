@@ -113,6 +113,7 @@ def test_one_pattern_twice_raises() -> None:
     [
         ({"train": "frozen", "lr": 1e-4}, "frozen row has no lr"),
         ({"train": "full"}, "full needs a positive lr"),
+        ({"train": "full", "lr": 1e-4, "optimizer": "sgd"}, "'unet': optimizer must be one of adamw, muon, adafactor, not 'sgd'"),
         ({"train": "lora", "lr": 0.0}, "lora needs a positive lr"),
         ({"train": "lora", "lr": 1e-4, "rank": 0}, "rank must be 1 or more"),
     ],
