@@ -38,9 +38,9 @@ SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 class Sampler:
     """How pictures are drawn from the model (MUMU, section 3: DDIM, 50 steps, guidance 6).
 
-    Instruct-Imagen's own is ``{scheduler: ddpm, steps: 256, guidance: alternating, guidance_scale: 25}`` (appendix). Its text says nothing
-    about thresholding or clipping at scale 25, nor which of DDPM's variances it takes: the estimate of z_0 is left as it is, and the
-    variance is the posterior's (Ho et al. 2020, equation 7).
+    Instruct-Imagen's own is ``{scheduler: ddpm, steps: 256, guidance: alternating, guidance_scale: 25}`` (appendix). The paper's text names
+    neither a thresholding nor a clipping at scale 25, nor which of DDPM's variances it takes: here the estimate of z_0 is left as it is,
+    and the variance is the posterior's (Ho et al. 2020, equation 7).
 
     Args:
         steps: denoising steps.
