@@ -34,6 +34,7 @@ class Batch(NamedTuple):
         ids: b names of the rows.
         seed: [b] int64, from which all noise of a sample is drawn.
         bare: what is left of each instruction without its references; by default its words without the markers.
+        phrases: for each text, the phrases of its references by slot; by default empty ones.
     """
 
     instructions: list[str]
@@ -44,6 +45,7 @@ class Batch(NamedTuple):
     ids: list[str]
     seed: Tensor
     bare: list[str] | None = None
+    phrases: list[list[str]] | None = None
 
     @property
     def size(self) -> int:
@@ -58,6 +60,18 @@ class Span(NamedTuple):
     end: int
 
 
+class Context(NamedTuple):
+    """What the UNet's own encoder makes of the references of b samples, at its lowest level.
+
+    Attributes:
+        tokens: [b, m, width], the features of all references of a sample, one after the other.
+        mask: [b, m], True where a token is real; nowhere for a sample without references.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+
 class Condition(NamedTuple):
     """What the UNet attends to.
 
@@ -67,6 +81,7 @@ class Condition(NamedTuple):
         spans: for each sample, the span of each reference (by slot; of its first marker).
         pooled: [b, p], SDXL's pooled vector, after the adapter.
         lengths: real tokens of each sample, padded on the right; None where that is left to the mask.
+        context: the references as the UNet's own encoder sees them; None where they do not go through it.
     """
 
     tokens: Tensor
@@ -74,6 +89,7 @@ class Condition(NamedTuple):
     spans: list[list[Span]]
     pooled: Tensor | None = None
     lengths: list[int] | None = None
+    context: Context | None = None
 
 
 def pack(pictures: list[list[Tensor]]) -> list[PackedImages]:

@@ -166,17 +166,19 @@ def drop_condition(batch: Batch, dropout: ConditionDropout, draws: Tensor) -> Ba
     Returns:
         The batch with the texts, markers and pictures that are left; the target stays.
     """
-    instructions, markers, keep = [], [], []
+    instructions, markers, phrases, keep = [], [], [], []
     bare = batch.bare or [without_markers(text) for text in batch.instructions]
-    for text, alone, marks, u in zip(batch.instructions, bare, batch.markers, draws.tolist(), strict=True):
+    named = batch.phrases or [[""] * len(marks) for marks in batch.markers]
+    for text, alone, marks, names, u in zip(batch.instructions, bare, batch.markers, named, draws.tolist(), strict=True):
         no_text = u < dropout.both + dropout.text
         no_references = u < dropout.both or dropout.both + dropout.text <= u < dropout.both + dropout.text + dropout.references
         if no_text:
-            text = "".join(f"[ref#{k}]" for k in marks)
+            text, names = "".join(f"[ref#{k}]" for k in marks), [""] * len(marks)
         if no_references:
-            text, marks = "" if no_text else alone, []
+            text, marks, names = "" if no_text else alone, [], []
         instructions.append(text)
         markers.append(marks)
+        phrases.append(names)
         keep.append(not no_references)
     kept = torch.tensor(keep)
     references = []
@@ -184,4 +186,4 @@ def drop_condition(batch: Batch, dropout: ConditionDropout, draws: Tensor) -> Ba
         rows = kept.to(group.sample.device)[group.sample]
         if rows.any():
             references.append(PackedImages(group.pixels[rows], group.sample[rows], group.slot[rows]))
-    return batch._replace(instructions=instructions, markers=markers, references=references)
+    return batch._replace(instructions=instructions, markers=markers, references=references, phrases=phrases)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .batch import Batch, Condition
 from .checkpoint import AtomicCheckpointIO, trained_weights
+from .conditioning import Conditioner
 from .data.datamodule import MultimodalDataModule
 from .diffusion import ConditionDropout, Diffusion, drop_condition
 from .losses import DenoisingStep, LossTerm, diffusion_loss
@@ -19,11 +20,12 @@ from .models.adapter import AdapterConfig
 from .models.codec import CodecConfig
 from .models.encoder import Encoder
 from .models.parameters import ParameterTable, Row
+from .models.references import ReferenceAttentionConfig, give_partial_pass
 from .models.unet import UNetConfig, denoise, pooled_features
 from .optimizer import make_optimizer
 from .pipeline import MultimodalPipeline, Sampler
 
-PARTS = ("encoder", "adapter", "unet")
+PARTS = ("encoder", "adapter", "unet", "reference_attention")
 
 
 @dataclass
@@ -65,6 +67,7 @@ class MultimodalDiffusion(L.LightningModule):
         schedule: warm-up and decay of all learning rates.
         sampler: how the callbacks draw pictures.
         betas: of AdamW; Adafactor takes the first.
+        reference_attention: references through the UNet's own encoder (Instruct-Imagen), beside the VLM's or instead of it.
         start: a checkpoint whose trained weights a fit begins from, with a new optimizer and a new count of steps (MUMU's stage 2 after
             its stage 1); it has the same parameter table.
     """
@@ -81,11 +84,12 @@ class MultimodalDiffusion(L.LightningModule):
         schedule: LRSchedule = LRSchedule(),
         sampler: Sampler = Sampler(),
         betas: tuple[float, float] = (0.9, 0.999),
+        reference_attention: ReferenceAttentionConfig | None = None,
         start: str | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.parts = (adapter, unet, codec)
+        self.parts = (adapter, unet, codec, reference_attention)
         self.diffusion, self.condition_dropout, self.schedule, self.sampler, self.betas = (
             diffusion,
             condition_dropout,
@@ -106,22 +110,31 @@ class MultimodalDiffusion(L.LightningModule):
 
     def build(self, weights: bool = True) -> None:
         """Create encoder, UNet, adapter and codec; ``weights=False`` builds from configurations alone (on the meta device, say)."""
-        adapter, unet, codec = self.parts
+        adapter, unet, codec, reference_attention = self.parts
         self.encoder.build(weights)
         self.unet = unet.build(weights)
         self.adapter = adapter.build(self.encoder.hidden_size, int(self.unet.config.cross_attention_dim), pooled_features(self.unet))
         self.codec = codec.build(weights)
-        self.table.apply(self, PARTS)
+        self.reference_attention = None
+        if reference_attention is not None:
+            self.reference_attention = reference_attention.build(self.unet)
+            give_partial_pass(self.unet)
+        self.table.apply(self, [part for part in PARTS if getattr(self, part) is not None])
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 
     def condition(self, batch: Batch) -> Condition:
         """Prompts to what the UNet attends to."""
-        return self.adapter(self.encoder(batch.instructions, batch.markers, batch.references))
+        return self.conditioner(batch.instructions, batch.markers, batch.references, batch.phrases)
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """The parts between a prompt and the UNet."""
+        return Conditioner(self.encoder, self.adapter, self.unet, self.codec, self.reference_attention)
 
     def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition, side: tuple[int, int]) -> Tensor:
         """The UNet's prediction, [b, c, h, w]."""
-        return denoise(self.unet, z_t, timesteps, condition, side)
+        return denoise(self.unet, z_t, timesteps, condition, side, self.reference_attention)
 
     def denoising_step(self, batch: Batch) -> DenoisingStep:
         """Noise the target, drop conditions, predict. All randomness comes from the samples' own seeds."""
@@ -178,7 +191,7 @@ class MultimodalDiffusion(L.LightningModule):
         """Pictures [b, 3, H, W] in [-1, 1]; each sample's noise comes from its own seed."""
         pipeline = MultimodalPipeline.of(self)
         pipeline.set_progress_bar_config(disable=True)
-        condition = pipeline.encode(batch.instructions, batch.markers, batch.references)
+        condition = pipeline.encode(batch.instructions, batch.markers, batch.references, batch.phrases)
         noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
         height, width = batch.target.shape[-2:]
         return pipeline.draw(condition, height=height, width=width, generator=noise)

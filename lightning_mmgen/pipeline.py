@@ -17,12 +17,14 @@ from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
 
-from .batch import Condition, PackedImages, pack
+from .batch import Condition, Context, PackedImages, Span, pack
+from .conditioning import Conditioner
 from .data.images import pixels
 from .diffusion import GuidanceRule, guidance_at, guide
 from .models.adapter import Adapter
 from .models.codec import Codec
 from .models.encoder import Encoder
+from .models.references import ReferenceAttention, give_partial_pass
 from .models.unet import denoise
 from .prompt import MultimodalPrompt
 
@@ -75,9 +77,10 @@ class MultimodalPipeline(DiffusionPipeline):
 
     The empty condition of the guidance is an empty prompt through encoder and adapter. ``sampler`` holds steps and guidance scale for calls
     that name none, and the guidance rule; setting it sets the scheduler too. A pipeline that was exported brings its own. Any scheduler of
-    ``diffusers`` may be set after it.
+    ``diffusers`` may be set after it. With ``reference_attention`` the UNet reads references too, or alone.
     """
 
+    _optional_components = ["reference_attention"]
     scheduler: Any
 
     def __init__(
@@ -88,9 +91,14 @@ class MultimodalPipeline(DiffusionPipeline):
         vae: AutoencoderKL,
         scheduler: Any,
         sampler: Sampler | None = None,
+        reference_attention: ReferenceAttention | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler)
+        self.register_modules(
+            encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler, reference_attention=reference_attention
+        )
+        if reference_attention is not None:
+            give_partial_pass(unet)
         self.codec, self._sampler = Codec(vae), sampler or Sampler()
         if sampler is not None:
             self.sampler = sampler
@@ -107,7 +115,7 @@ class MultimodalPipeline(DiffusionPipeline):
     def of(cls, module: MultimodalDiffusion) -> MultimodalPipeline:
         """The pipeline over a module's own parts: what the callbacks sample with during training."""
         scheduler = module.sampler.scheduler_of(module.diffusion.scheduler_config())
-        return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler)
+        return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler, module.reference_attention)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalPipeline:  # type: ignore[override]
@@ -131,14 +139,16 @@ class MultimodalPipeline(DiffusionPipeline):
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
+        folder = root / "reference_attention"
+        layers = ReferenceAttention.from_pretrained(folder) if folder.is_dir() else None
         sampler = Sampler(**index["sampler"])
         adapter, scheduler = Adapter.from_pretrained(root / "adapter"), SCHEDULERS[sampler.scheduler].from_pretrained(root / "scheduler")
-        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, sampler).frozen()
+        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, sampler, layers).frozen()
 
     def frozen(self) -> MultimodalPipeline:
         """For inference alone: evaluation mode, no gradients, and every weight in memory of its own. PyTorch picks kernels by gradients
         and alignment, so that without this a checkpoint and its export would differ in the last bits."""
-        for part in (self.encoder, self.adapter, self.unet, self.vae):
+        for part in filter(None, (self.encoder, self.adapter, self.unet, self.vae, self.reference_attention)):
             for parameter in part.eval().requires_grad_(False).parameters():
                 parameter.data = parameter.data.clone()
         return self
@@ -175,15 +185,19 @@ class MultimodalPipeline(DiffusionPipeline):
         side = self.encoder.reference_size
         references = pack([[pixels(r.image, side) for r in p.references] for p in prompts])
         markers = [[r.marker for r in p.references] for p in prompts]
-        condition = self.encode([p.instruction for p in prompts], markers, references)
+        phrases = [[r.phrase for r in p.references] for p in prompts]
+        condition = self.encode([p.instruction for p in prompts], markers, references, phrases)
         pictures = self.draw(condition, num_inference_steps, guidance_scale, height, width, generator)
         return PipelineOutput(images=pictures if output_type == "pt" else to_pil(pictures))
 
     @torch.no_grad()
-    def encode(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Condition:
+    def encode(
+        self, instructions: list[str], markers: list[list[int]], references: list[PackedImages], phrases: list[list[str]] | None = None
+    ) -> Condition:
         """What the UNet attends to, for b prompts."""
         references = [PackedImages(*(t.to(self.device) for t in group)) for group in references]
-        return self.adapter(self.encoder(instructions, markers, references))
+        condition = Conditioner(self.encoder, self.adapter, self.unet, self.codec, self.reference_attention)
+        return condition(instructions, markers, references, phrases)
 
     @torch.no_grad()
     def draw(
@@ -211,7 +225,8 @@ class MultimodalPipeline(DiffusionPipeline):
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             now = guidance_at(i, scale, self.sampler.guidance)
             z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if now == 1 else 2)), t)
-            prediction = denoise(self.unet, z_t, t.expand(len(z_t)), condition if now == 1 else both, (height, width)).float()
+            given = condition if now == 1 else both
+            prediction = denoise(self.unet, z_t, t.expand(len(z_t)), given, (height, width), self.reference_attention).float()
             if now != 1:
                 empty, full = prediction.chunk(2)
                 prediction = guide(empty, full, now)
@@ -240,7 +255,11 @@ def join(empty: Condition, full: Condition) -> Condition:
     tokens, mask = full.tokens.new_zeros(b, n, d), full.mask.new_zeros(b, n)
     tokens[:, : empty.tokens.shape[1]], mask[:, : empty.mask.shape[1]] = empty.tokens, empty.mask
     pooled = None if full.pooled is None or empty.pooled is None else torch.cat([empty.pooled.expand(b, -1), full.pooled])
-    return Condition(torch.cat([tokens, full.tokens]), torch.cat([mask, full.mask]), [[] for _ in range(b)] + full.spans, pooled)
+    context = full.context
+    if context is not None:  # the empty condition has none
+        context = Context(*(torch.cat([torch.zeros_like(part), part]) for part in context))
+    spans: list[list[Span]] = [*([] for _ in range(b)), *full.spans]
+    return Condition(torch.cat([tokens, full.tokens]), torch.cat([mask, full.mask]), spans, pooled, context=context)
 
 
 def to_pil(pictures: Tensor) -> list[Image]:

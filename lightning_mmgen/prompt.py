@@ -105,14 +105,18 @@ def without_markers(text: str) -> str:
 
 
 def split(instruction: str, markers: list[int]) -> list[Segment]:
-    """Cut ``instruction`` at its ``[ref#k]`` markers; ``markers[i]`` is the number of reference i."""
-    parts = MARKER.split(instruction)  # text, k, text, k, ..., text
+    """Cut ``instruction`` at its ``[ref#k]`` markers; ``markers[i]`` is the number of reference i. Any other marker is text."""
     out: list[Segment] = []
-    for i, part in enumerate(parts):
-        if i % 2:
-            out.append(Segment("", markers.index(int(part))))
-        elif part:
-            out.append(Segment(part, None))
+    at = 0
+    for match in MARKER.finditer(instruction):
+        if int(match[1]) not in markers:
+            continue
+        if match.start() > at:
+            out.append(Segment(instruction[at : match.start()], None))
+        out.append(Segment("", markers.index(int(match[1]))))
+        at = match.end()
+    if at < len(instruction):
+        out.append(Segment(instruction[at:], None))
     return out
 
 

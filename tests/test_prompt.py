@@ -128,3 +128,8 @@ def test_segments_are_in_reading_order_and_by_slot() -> None:
 def test_segments_put_together_are_the_instruction(text: str) -> None:
     pieces = [f"[ref#{s.reference + 1}]" if s.reference is not None else s.text for s in split(text, [1, 2])]
     assert "".join(pieces) == text and all(pieces)
+
+
+def test_a_marker_without_its_reference_is_text() -> None:
+    assert split("a [ref#1] cat [ref#3]", [3]) == [Segment("a [ref#1] cat ", None), Segment("", 0)]
+    assert split("[ref#1]", []) == [Segment("[ref#1]", None)]

@@ -167,6 +167,7 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
         [s.record.id for s in good],
         torch.tensor([s.seed for s in good], dtype=torch.int64),
         [prompt.bare() for prompt in prompts],
+        [[r.phrase for r in s.record.references] for s in good],
     )
     return batch, bad
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from ..batch import Condition
 from .weights import locate
+
+if TYPE_CHECKING:
+    from .references import ReferenceAttention
 
 
 @dataclass
@@ -54,7 +58,14 @@ def pooled_features(unet: UNet2DConditionModel) -> int:
     return int(config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim)
 
 
-def denoise(unet: UNet2DConditionModel, z_t: Tensor, timesteps: Tensor, condition: Condition, side: tuple[int, int]) -> Tensor:
+def denoise(
+    unet: UNet2DConditionModel,
+    z_t: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    side: tuple[int, int],
+    reference_attention: ReferenceAttention | None = None,
+) -> Tensor:
     """One forward pass of the UNet.
 
     Args:
@@ -62,14 +73,55 @@ def denoise(unet: UNet2DConditionModel, z_t: Tensor, timesteps: Tensor, conditio
         timesteps: [b].
         condition: the adapter's output.
         side: height and width of the picture in pixels: SDXL's original and target size, with no crop.
+        reference_attention: the layers that read the condition's context, if it has one.
 
     Returns:
         The prediction [b, c, h, w].
     """
-    z_t, added = z_t.to(unet.dtype), None
-    if condition.pooled is not None:
-        ids = torch.tensor([*side, 0, 0, *side], dtype=z_t.dtype, device=z_t.device).expand(len(z_t), 6)
-        added = {"text_embeds": condition.pooled.to(z_t.dtype), "time_ids": ids}
-    return unet(
-        z_t, timesteps, condition.tokens.to(z_t.dtype), encoder_attention_mask=condition.mask, added_cond_kwargs=added, return_dict=False
-    )[0]
+    z_t = z_t.to(unet.dtype)
+    reads = reference_attention is not None and condition.context is not None
+    with reference_attention.reading(unet, condition.context) if reads else nullcontext():  # type: ignore[union-attr, arg-type]
+        return unet(
+            z_t,
+            timesteps,
+            condition.tokens.to(z_t.dtype),
+            encoder_attention_mask=condition.mask,
+            added_cond_kwargs=_added(z_t, condition, side),
+            return_dict=False,
+        )[0]
+
+
+def down_features(unet: UNet2DConditionModel, z_0: Tensor, condition: Condition, side: tuple[int, int]) -> Tensor:
+    """The UNet's down blocks alone, at t = 0: what the middle block gets of clean latents (Instruct-Imagen, section 3.1).
+
+    Args:
+        z_0: [n, c, h, w].
+        condition: n texts, after the adapter.
+        side: as in :func:`denoise`.
+
+    Returns:
+        Features [n, h' * w', width] of the lowest level.
+    """
+    x, tokens = z_0.to(unet.dtype), condition.tokens.to(unet.dtype)
+    added = _added(x, condition, side)
+    emb = unet.time_embedding(unet.get_time_embed(x, torch.zeros(len(x), dtype=torch.long, device=x.device)))
+    if added is not None:
+        emb = emb + unet.get_aug_embed(emb, tokens, added)
+    bias = ((1 - condition.mask.to(x.dtype)) * -10000.0).unsqueeze(1)  # as UNet2DConditionModel.forward makes it
+    x = unet.conv_in(x)
+    for block in unet.down_blocks:
+        reads: dict[str, Any] = {"encoder_hidden_states": tokens, "encoder_attention_mask": bias} if _has_attention(block) else {}
+        x, _ = block(hidden_states=x, temb=emb, **reads)
+    return x.flatten(2).transpose(1, 2)
+
+
+def _has_attention(block: Any) -> bool:
+    return bool(getattr(block, "has_cross_attention", False))
+
+
+def _added(z_t: Tensor, condition: Condition, side: tuple[int, int]) -> dict[str, Tensor] | None:
+    """SDXL's pooled vector and sizes; nothing for SD1.5."""
+    if condition.pooled is None:
+        return None
+    ids = torch.tensor([*side, 0, 0, *side], dtype=z_t.dtype, device=z_t.device).expand(len(z_t), 6)
+    return {"text_embeds": condition.pooled.to(z_t.dtype), "time_ids": ids}

@@ -31,7 +31,7 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     - ``pytorch_lora_weights.safetensors``: the UNet's LoRA, for ``load_lora_weights`` of plain ``diffusers``; alpha, rank patterns and
       dropout travel in its metadata.
     - ``encoder_lora/``: the VLM's LoRA in PEFT's format, names as in the ``transformers`` model.
-    - ``adapter/``, ``scheduler/``, ``model_index.json``.
+    - ``adapter/``, ``scheduler/``, ``model_index.json``; ``reference_attention/`` where references go through the UNet.
     - ``unet/``, ``encoder.safetensors``: only where weights of them were fully trained.
 
     Args:
@@ -44,9 +44,11 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     root.mkdir(parents=True, exist_ok=True)
     if any(root.iterdir()):
         raise FileExistsError(f"{out}: is not empty")
-    _, unet_config, codec_config = module.parts
+    _, unet_config, codec_config, _ = module.parts
     full = {n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n}
     _merged(module.adapter, dtype or torch.float32).save_pretrained(root / "adapter")
+    if module.reference_attention is not None:
+        _merged(module.reference_attention, dtype or torch.float32).save_pretrained(root / "reference_attention")
     module.sampler.scheduler_of(module.diffusion.scheduler_config()).save_pretrained(root / "scheduler")
     if unet_config.from_scratch or any(n.startswith("unet.") for n in full):
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")
