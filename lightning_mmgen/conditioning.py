@@ -51,8 +51,9 @@ class Conditioner(NamedTuple):
         assert self.reference_attention is not None
         side, first = self.reference_attention.size, [sum(map(len, markers[:b])) for b in range(len(markers))]
         features: dict[int, Tensor] = {}
-        for group in references or [PackedImages(told.tokens.new_zeros(1, 3, side, side), torch.zeros(1), torch.zeros(1))]:
-            rows = [first[b] + slot for b, slot in zip(group.sample.int().tolist(), group.slot.int().tolist(), strict=True)]
+        nobody = torch.zeros(1, dtype=torch.long)
+        for group in references or [PackedImages(told.tokens.new_zeros(1, 3, side, side), nobody, nobody)]:
+            rows = [first[b] + slot for b, slot in zip(group.sample.tolist(), group.slot.tolist(), strict=True)]
             z_0 = self.codec.encode(_resized(group.pixels, side))
             own = told._replace(tokens=told.tokens[rows], mask=told.mask[rows], pooled=None if told.pooled is None else told.pooled[rows])
             features |= dict(zip(rows, self.unet.down_features(z_0, own, (side, side)), strict=True))  # type: ignore[operator]

@@ -128,6 +128,12 @@ class MultimodalDiffusion(L.LightningModule):
         return self.conditioner(batch.instructions, batch.markers, batch.references, batch.phrases)
 
     @property
+    def references_in_prompt(self) -> bool:
+        """Whether the encoder sees the references, and does not leave them to the UNet alone."""
+        config = self.parts[3]
+        return config is None or config.in_prompt
+
+    @property
     def conditioner(self) -> Conditioner:
         """The parts between a prompt and the UNet."""
         return Conditioner(self.encoder, self.adapter, self.unet, self.codec, self.reference_attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from transformers import AutoTokenizer
 
 from lightning_mmgen.batch import Batch, PackedImages
 from lightning_mmgen.cli import main
+from lightning_mmgen.data.instructions import DATA_SETS
+from lightning_mmgen.losses import DenoisingStep
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
 from lightning_mmgen.toybox.pretrain import VAEPretraining, VLMPretraining
@@ -45,7 +48,17 @@ TRUE_SIZE = {
     "mumu_stage1": TrueSize(("mumu_stage1.yaml",), "sdxl", 1024, 2048, 1280, 324),
     "mumu_stage2": TrueSize(("mumu_stage2.yaml",), "sdxl", 1024, 2048, 1280, 1296),
 }
-DATA = ["--data.init_args.train=tests/configs/one.jsonl", "--data.init_args.held_out=tests/configs/one.jsonl"]
+INSTRUCT_IMAGEN = {
+    "retrieval": ("retrieval.yaml",),
+    "instruct_imagen": ("instruct_imagen_sdxl.yaml",),
+    "references_both": ("instruct_imagen_sdxl.yaml", "overlays/references_both.yaml"),
+    "references_vlm": ("retrieval.yaml", "overlays/references_vlm.yaml"),
+    "multitask": ("instruct_imagen_sdxl.yaml", "overlays/multitask.yaml"),
+    "without_retrieval": ("instruct_imagen_sdxl.yaml", "overlays/without_retrieval.yaml"),
+    "single_task": ("instruct_imagen_sdxl.yaml", "overlays/single_task.yaml"),
+}
+"""Forms of SDXL's size that are fully trained."""
+ONE = "tests/configs/one.jsonl"
 
 
 def test_an_experiment_reads_like_a_table() -> None:
@@ -56,11 +69,27 @@ def test_an_experiment_reads_like_a_table() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    files = [recipe, EXPERIMENTS / "overlays" / "toybox.yaml", EXPERIMENTS / "overlays" / f"toybox_{recipe.stem}.yaml"]
+    own = "toybox_references.yaml" if "reference_attention" in recipe.read_text() else f"toybox_{recipe.stem}.yaml"
+    step_on_the_toybox([recipe.name, "overlays/toybox.yaml", f"overlays/{own}"])
+
+
+def step_on_the_toybox(files: list[str]) -> MultimodalDiffusion:
     more = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=2", "--model.init_args.start=null"]
-    cli = main(["fit", *(x for f in files if f.is_file() for x in ("-c", str(f))), *more])
+    cli = main(["fit", *(x for f in files if (EXPERIMENTS / f).is_file() for x in ("-c", str(EXPERIMENTS / f))), *more])
     assert cli.trainer.global_step == 1
     assert torch.isfinite(cli.trainer.callback_metrics["loss"])
+    return cli.model  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("form", sorted(set(INSTRUCT_IMAGEN) - {"retrieval", "instruct_imagen"}))
+def test_forms_of_instruct_imagen_on_the_toybox(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    toybox = ["overlays/toybox.yaml", *(["overlays/toybox_references.yaml"] if form != "references_vlm" else [])]
+    recipe, overlay = INSTRUCT_IMAGEN[form]
+    model = step_on_the_toybox([recipe, *toybox, overlay] if form == "references_both" else [recipe, overlay, *toybox])
+    layers = model.reference_attention
+    assert (layers is None) == (form == "references_vlm")
+    assert layers is None or layers.in_prompt == (form == "references_both")
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda p: p.stem)
@@ -104,16 +133,23 @@ def test_nothing_of_the_toybox_is_left_at_true_size(form: str, monkeypatch: pyte
 
 
 def command_line(form: str) -> list[str]:
-    return [x for f in TRUE_SIZE[form].files for x in ("-c", f"experiments/{f}")]
+    """The form's files, and data for it."""
+    files = INSTRUCT_IMAGEN[form] if form in INSTRUCT_IMAGEN else TRUE_SIZE[form].files
+    data = [f"--data.init_args.train={ONE}", f"--data.init_args.held_out={ONE}"]
+    if "instruct_imagen_sdxl.yaml" in files:
+        sources = dict.fromkeys(["depth"] if form == "single_task" else DATA_SETS, ONE)
+        data = [f"--data.init_args.train={json.dumps(sources)}", "--data.init_args.length=100", "--data.init_args.held_out=null"]
+    return [*(x for f in files for x in ("-c", f"experiments/{f}")), *data]
 
 
 def true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> MultimodalDiffusion:
     """The module of a form of real size, its hub names replaced by committed configurations, on the meta device."""
     monkeypatch.chdir(ROOT)
-    names = [f"--model.init_args.{part}.pretrained=tests/configs/{TRUE_SIZE[form].config}" for part in ("unet", "codec")]
+    config = TRUE_SIZE[form].config if form in TRUE_SIZE else "sdxl"
+    names = [f"--model.init_args.{part}.pretrained=tests/configs/{config}" for part in ("unet", "codec")]
     names.append("--model.init_args.encoder.init_args.pretrained=tests/configs/idefics2-8b")
     trainer = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null", "--trainer.fast_dev_run=true"]
-    model = main([*command_line(form), *names, *DATA, *trainer], run=False).model
+    model = main([*command_line(form), *names, *trainer], run=False).model
     with torch.device("meta"):
         model.build(weights=False)
     return model
@@ -132,6 +168,33 @@ def test_true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts["adapter"][1] == 0
     assert counts["codec"] == (0, 83_653_863)
 
+    step = true_step(model, side)
+    assert step.condition.tokens.shape == (2, step.condition.mask.shape[1], width)
+    assert [[s.end - s.start for s in spans] for spans in step.condition.spans] == [[tokens, tokens], [tokens]]
+    assert (step.condition.pooled is None) == (pooled is None) and (pooled is None or step.condition.pooled.shape == (2, pooled))
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "encoder.vision" not in n)
+
+
+@pytest.mark.parametrize("form", ["retrieval", "references_both", "references_vlm"])
+def test_instruct_imagen_at_true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = true_size(form, monkeypatch)
+    assert (model.diffusion.prediction_type, model.diffusion.beta_schedule) == ("v_prediction", "squaredcos_cap_v2")
+    counts = {s.row.match: (s.trainable, s.total - s.trainable) for s in model.table.states}
+    assert counts["unet"] == (2_567_463_684, 0) and counts["encoder"][0] == 0
+    assert counts.get("reference_attention") == (None if form == "references_vlm" else (6_560_000, 0))  # 4 x 1280^2 + 5 x 1280
+    assert {r.optimizer for r in model.table.rows if r.train == "full"} == {"adafactor"}
+    step = true_step(model, 1024)
+    tokens = {"references_both": 1296, "references_vlm": 324}.get(form)
+    spans = [[tokens, tokens], [tokens]] if tokens else [[], []]
+    assert [[s.end - s.start for s in of] for of in step.condition.spans] == spans
+    context = step.condition.context
+    assert (context is None) == (form == "references_vlm")
+    assert context is None or context.tokens.shape == (2, 2 * 16 * 16, 1280)  # 512 px: 64 x 64 latents, 16 x 16 at the lowest level
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def true_step(model: MultimodalDiffusion, side: int) -> DenoisingStep:
+    """A step of two prompts, forward and back, without memory."""
     groups = [
         PackedImages(
             torch.empty(3, 3, model.encoder.reference_size, model.encoder.reference_size), torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
@@ -153,10 +216,7 @@ def test_true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
         step = model.train().predict(batch, draw)
         step.prediction.float().mean().backward()
     assert step.prediction.shape == (2, 4, side // 8, side // 8)
-    assert step.condition.tokens.shape == (2, step.condition.mask.shape[1], width)
-    assert [[s.end - s.start for s in spans] for spans in step.condition.spans] == [[tokens, tokens], [tokens]]
-    assert (step.condition.pooled is None) == (pooled is None) and (pooled is None or step.condition.pooled.shape == (2, pooled))
-    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad and "encoder.vision" not in n)
+    return step
 
 
 def lora_size(unet: nn.Module, rank: int) -> int:
@@ -175,7 +235,7 @@ def as_fake(module: nn.Module) -> None:
                     store[name] = nn.Parameter(fake, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else fake
 
 
-@pytest.mark.parametrize("form", TRUE_SIZE)
+@pytest.mark.parametrize("form", [*TRUE_SIZE, "retrieval", "instruct_imagen"])
 def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
     form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,12 +245,14 @@ def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
     if torch.cuda.is_available():
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr("sys.argv", ["lightning", "fit", *command_line(form), *DATA])
+    monkeypatch.setattr("sys.argv", ["lightning", "fit", *command_line(form)])
     assert cli.command() == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and "gpu" in error.lower()
 
 
 def test_overlays_are_all_tested() -> None:
-    used = {Path(f).stem for form in TRUE_SIZE.values() for f in form.files if f.startswith("overlays/")}
-    assert {p.stem for p in OVERLAYS} == used | {"toybox"} | {f"toybox_{r.stem}" for r in RECIPES} & {p.stem for p in OVERLAYS}
+    forms = [*(form.files for form in TRUE_SIZE.values()), *INSTRUCT_IMAGEN.values()]
+    used = {Path(f).stem for files in forms for f in files if f.startswith("overlays/")}
+    found, own = {p.stem for p in OVERLAYS}, {f"toybox_{r.stem}" for r in RECIPES}
+    assert found == used | {"toybox", "toybox_references"} | own & found

@@ -222,11 +222,14 @@ class MultimodalDataModule(L.LightningDataModule):
         return Recipe(reference_size, self.target_size, encoder)
 
     def setup(self, stage: str) -> None:
-        encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
+        module = self.trainer.lightning_module if self.trainer else None
+        encoder = getattr(module, "encoder", None)
         if encoder is None and self.reference_size is None:
             raise ValueError("data.reference_size is needed where the model has no encoder to ask")
         side = self.reference_size or encoder.reference_size  # type: ignore[union-attr]
         self.recipe, self.held_out_recipe = (self.make_recipe(side, encoder, held_out) for held_out in (False, True))
+        if not getattr(module, "references_in_prompt", True):
+            self.recipe.tokens = self.held_out_recipe.tokens = 0  # the prompt is as long as its words
         if stage == "fit":
             self._first_rows()
 

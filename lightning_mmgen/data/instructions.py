@@ -38,9 +38,9 @@ DATA_SETS = {
     "mask": DataSet("mask", 0.06, "mask"),
     "edge": DataSet("edge", 0.06, "edge"),
     "sketch": DataSet("sketch", 0.02, "sketch"),
-    "subjects": DataSet("subject", 0.30, "subject"),
-    "celeba": DataSet("face", 0.05, "subject"),
-    "celeb_hq": DataSet("face", 0.05, "subject"),
+    "subjects": DataSet("subject", 0.30, "one subject"),
+    "celeba": DataSet("face", 0.05, "one subject"),
+    "celeb_hq": DataSet("face", 0.05, "one subject"),
     "styled": DataSet("styled", 0.10, "style"),
     "style_transfer": DataSet("transfer", 0.10, "style_transfer"),
 }
@@ -109,6 +109,11 @@ def fill(template: str, task: str, caption: str | None, references: Iterable[Ref
     return template.format(**values)
 
 
+def raw(caption: str | None, references: Iterable[Reference]) -> str:
+    """Pictures and caption, and no word of what is to be done with them."""
+    return " ".join([*(f"[ref#{r.marker}]" for r in references), caption or ""]).strip()
+
+
 def naming(references: list[Reference]) -> str:
     """References in words, each phrase after the markers of all pictures of it: ``"[ref#1] [ref#2] dog and [ref#3] castle"``."""
     groups: dict[str, list[str]] = {}
@@ -130,6 +135,7 @@ class InstructionRecipe(Recipe):
         max_references: of a record.
         edge_dilation: edges are thickened by up to so many pixels on each side, and those made here are the edges of the target, its
             depth or its mask, whichever there are, each as likely as the others (the paper's appendix); 0 does neither.
+        instructions: use the templates; else a prompt is its raw input, pictures and caption (the paper's multi-task baseline).
         makers: what makes control pictures by kind; see :func:`~lightning_mmgen.data.controls.makers`.
     """
 
@@ -141,10 +147,12 @@ class InstructionRecipe(Recipe):
         templates: Mapping[str, tuple[str, ...]],
         max_references: int = 5,
         edge_dilation: int = 2,
+        instructions: bool = True,
         makers: Mapping[str, Control] | None = None,
     ) -> None:
         super().__init__(reference_size, target_size, encoder)
         self.templates, self.max_references, self.edge_dilation, self.makers = templates, max_references, edge_dilation, makers or {}
+        self.instructions = instructions
 
     def compose(self, record: Record, root: Path | None, rng: np.random.Generator) -> Record:
         """Raises: RecordError: too many references, or something that the task needs is missing."""
@@ -153,10 +161,13 @@ class InstructionRecipe(Recipe):
         task, references = DATA_SETS[record.task].task, record.references
         if len(references) > self.max_references:
             raise RecordError(f"{len(references)} references are more than max_references={self.max_references}")
-        templates = self.templates[task]
-        template = templates[int(rng.integers(len(templates)))]
         if (kind := task) in ("depth", "mask", "edge", "sketch"):
             references = (self.control(record, kind, root, rng), *(r for r in references if r.role != kind))
+        if not self.instructions:
+            references = tuple(replace(r, phrase="") for r in references)
+            return replace(record, instruction=raw(record.caption, references), references=references)
+        templates = self.templates[task]
+        template = templates[int(rng.integers(len(templates)))]
         return replace(record, instruction=fill(template, task, record.caption, references), references=references)
 
     def control(self, record: Record, kind: str, root: Path | None, rng: np.random.Generator) -> Reference:
@@ -215,16 +226,16 @@ class InstructionDataModule(MultimodalDataModule):
     task's templates.
 
     Args:
-        sources: by name of the data set (``internal``, ``wikiart``, ``depth``, ``mask``, ``edge``, ``sketch``, ``subjects``, ``celeba``,
-            ``celeb_hq``, ``styled``, ``style_transfer``), each a source or a path; or ``toybox``: the same tasks in the embedded world.
+        train: by name of the data set (``internal``, ``wikiart``, ``depth``, ``mask``, ``edge``, ``sketch``, ``subjects``, ``celeba``,
+            ``celeb_hq``, ``styled``, ``style_transfer``) its source or path; or ``toybox``: the same tasks in the embedded world.
         ratios: by the same names; Table 1's by default, which needs all of them.
-        held_out: sources by name as well, or a source or path whose records have a data set's name as their task or keep their
+        held_out: by name as well, or a source or path whose records have a data set's name as their task or keep their
             own instructions; ``toybox``; none is allowed.
         length: records an epoch; see :class:`~lightning_mmgen.data.mixture.Mixture`.
         repeat: sources start over when they are through; else that is an error.
         max_references: a record with more is a bad row.
         templates: folder with a ``<task>.txt`` for every task that the sources have, in place of the package's.
-        edge_dilation: see :class:`InstructionRecipe`; not for the held-out set.
+        edge_dilation, instructions: see :class:`InstructionRecipe`; no dilation of the held-out set.
         depth_model: hub name or folder of a depth model; it makes the depth pictures that records lack, on the CPU of a loader process.
         settings: of :class:`~lightning_mmgen.data.datamodule.MultimodalDataModule`.
 
@@ -234,14 +245,15 @@ class InstructionDataModule(MultimodalDataModule):
 
     def __init__(
         self,
-        sources: dict[str, Source | str] | str,
+        train: str | dict[str, Source | str],
         ratios: dict[str, float] | None = None,
-        held_out: dict[str, Source | str] | Source | str | None = None,
+        held_out: str | Source | dict[str, Source | str] | None = None,
         length: int | None = None,
         repeat: bool = True,
         max_references: int = 5,
         templates: str | None = None,
         edge_dilation: int = 2,
+        instructions: bool = True,
         depth_model: str | None = None,
         **settings: Any,
     ) -> None:
@@ -249,20 +261,21 @@ class InstructionDataModule(MultimodalDataModule):
             raise ValueError(f"max_references must be 1 or more and edge_dilation 0 or more, not {max_references} and {edge_dilation}")
         ratios = {name: data_set.ratio for name, data_set in DATA_SETS.items()} if ratios is None else ratios
         seed = settings.get("seed", 0)
-        train = Mixture(open_sources(sources, ratios, held_out=False), ratios, length, seed, repeat)
+        mixture = Mixture(open_sources(train, ratios, held_out=False), ratios, length, seed, repeat)
         if isinstance(held_out, dict) or held_out == "toybox":
             held_out = Mixture(open_sources(held_out, ratios, held_out=True), ratios, 256 if held_out == "toybox" else None, seed)
-        super().__init__(train, held_out, **settings)
-        of_task = {"face": "subject"} if sources == "toybox" else {}  # toys have no faces
+        super().__init__(mixture, held_out, **settings)
+        of_task = {"face": "subject"} if train == "toybox" else {}  # toys have no faces
         tasks = sorted({DATA_SETS[name].task for name in ratios})
         self.templates = {task: read_templates(of_task.get(task, task), templates) for task in tasks}
-        self.max_references, self.edge_dilation = max_references, edge_dilation
+        self.max_references, self.edge_dilation, self.instructions = max_references, edge_dilation, instructions
         able = tuple(kind for kind in CONTROLS if kind in ("depth", *ratios) and (kind != "edge" or find_spec("cv2")))
         self.makers = makers(able, depth_model)
 
     def make_recipe(self, reference_size: int, encoder: Encoder | None, held_out: bool) -> Recipe:
         dilation = 0 if held_out else self.edge_dilation
-        return InstructionRecipe(reference_size, self.target_size, encoder, self.templates, self.max_references, dilation, self.makers)
+        settings = (self.templates, self.max_references, dilation, self.instructions, self.makers)
+        return InstructionRecipe(reference_size, self.target_size, encoder, *settings)
 
 
 def open_sources(sources: dict[str, Source | str] | str, ratios: dict[str, float], held_out: bool) -> dict[str, Source]:

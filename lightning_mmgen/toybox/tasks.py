@@ -77,9 +77,9 @@ def caption(rng: np.random.Generator, held: bool) -> Record:
     return _record("caption", str(rng.choice(PREFIXES)) + told, scene, [], Truth(scene, (), sizes, style), told)
 
 
-def subject(rng: np.random.Generator, held: bool) -> Record:
+def subject(rng: np.random.Generator, held: bool, toys: int | None = None) -> Record:
     """The toys are shown, not named: another picture of each, and words for place and background."""
-    scene = replace(random_scene(rng, held=held), style="flat")
+    scene = replace(random_scene(rng, held=held, toys=toys), style="flat")
     phrases = ["toy" if u < 0.7 else "" if u < 0.85 else p.toy.shape for u, p in zip(rng.random(2), scene.toys, strict=False)]
     names = [f"[ref#{k + 1}] {phrase}".strip() for k, phrase in enumerate(phrases)]
     refs = [Reference(k + 1, _portrait(rng, p.toy), phrase) for k, (p, phrase) in enumerate(zip(scene.toys, phrases, strict=True))]
@@ -148,6 +148,34 @@ def control(rng: np.random.Generator, held: bool, kind: str | None = None) -> Re
     told = scene.caption(sizes=False)
     text = f"Using the [ref#1] {kind} image, generate an image to reflect the caption: {told}"
     return _record("control", text, scene, [Reference(1, control_image(scene, kind), kind, kind)], Truth(scene, (), True, True), told)
+
+
+def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], toys: int | None = None) -> Record:
+    """Several conditions at once, each by a picture of its own, in the order of ``shows``: ``subject`` (one for each toy), ``style``, a
+    kind of control (``mask``, say); what no picture shows is told. Instruct-Imagen, section 5: no task of its training has two of them."""
+    scene = random_scene(rng, held=held, toys=toys)
+    if "style" not in shows:
+        scene = replace(scene, style="flat")
+    refs: list[Reference] = []
+    names, said = [p.toy.words() for p in scene.toys], []
+    for what in shows:
+        k = len(refs) + 1
+        if what == "subject":
+            refs += [Reference(k + i, _portrait(rng, p.toy), "toy") for i, p in enumerate(scene.toys)]
+            names = [f"[ref#{k + i}] toy" for i in range(len(scene.toys))]
+        elif what == "style":
+            refs.append(Reference(k, picture(replace(random_scene(rng), style=scene.style)), "style", "style"))
+            said.append(f"in [ref#{k}] style")
+        else:
+            refs.append(Reference(k, control_image(scene, what), what, what))
+            said.append(f"following the [ref#{k}] {what} image")
+    asked = " ".join(["Generate an image", *said, "with the caption:"])
+    told = scene.caption(["toy"] * len(names) if "subject" in shows else names, sizes=False, style=False)
+    first = next((r.marker for r in refs if r.role == "subject"), 0)
+    shown = tuple((k, first + k) for k in range(len(scene.toys))) if first else ()
+    layout = any(what in CONTROLS or what == "mask" for what in shows)
+    truth = Truth(scene, shown, sizes=layout, style="style" in shows)
+    return _record("composition", f"{asked} {scene.caption(names, sizes=False, style=False)}", scene, refs, truth, told)
 
 
 def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | None]:
@@ -303,5 +331,15 @@ TASKS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
     f.__name__: f for f in (caption, subject, crops, style, style_transfer, control, edit, retrieval, question, naming, measuring)
 }
 
-ALL_TASKS = TASKS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
-"""And ``control`` with one kind of picture alone."""
+COMPOSITIONS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
+    "style and subject": partial(composition, shows=("style", "subject"), toys=1),
+    "two subjects": partial(composition, shows=("subject",), toys=2),
+    "control and subject": partial(composition, shows=("depth", "subject"), toys=1),
+    "control and style": partial(composition, shows=("depth", "style")),
+    "style, subject and mask": partial(composition, shows=("style", "subject", "mask"), toys=1),
+}
+"""What Instruct-Imagen is tried on without training (its section 5 and Figure 1); training shows ``one subject`` at most."""
+
+ALL_TASKS = TASKS | COMPOSITIONS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
+ALL_TASKS |= {"one subject": partial(subject, toys=1)}
+"""And ``control`` with one kind of picture alone, ``subject`` with one toy, and the compositions."""

@@ -146,6 +146,15 @@ def test_every_template_of_a_data_set_is_drawn_and_makes_a_valid_prompt(name: st
         assert "{" not in one.instruction
 
 
+@pytest.mark.parametrize("name", ["internal", "depth", "subjects", "style_transfer"])
+def test_without_instructions_a_prompt_is_its_raw_input(name: str) -> None:
+    record = ToyboxSource({DATA_SETS[name].toybox: 1.0}, told=True).record(3)
+    (one,) = composed(Record(**{**record.__dict__, "task": name}), 1, instructions=False)
+    assert MARKER.sub("", one.instruction).strip() == (record.caption or "")
+    assert [int(k) for k in MARKER.findall(one.instruction)] == [r.marker for r in one.references] == [r.marker for r in record.references]
+    assert not any(r.phrase for r in one.references)
+
+
 def test_too_many_references_and_other_tasks() -> None:
     dogs = tuple(ref(k, "subject", "dog") for k in (1, 2, 3))
     record = Record("[ref#1][ref#2][ref#3]", dogs, PICTURE, "a dog", task="subjects")
@@ -298,19 +307,19 @@ def test_data_sets_of_files_are_mixed_and_a_bad_row_says_where_it_is(tmp_path: P
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"sources": "internet"}, "sources are given by the names of their data sets, or are 'toybox', not 'internet'"),
-        ({"sources": {"dep": "x.jsonl"}}, "unknown data set 'dep'; there are internal, wikiart, depth"),
+        ({"train": "internet"}, "sources are given by the names of their data sets, or are 'toybox', not 'internet'"),
+        ({"train": {"dep": "x.jsonl"}}, "unknown data set 'dep'; there are internal, wikiart, depth"),
         ({"ratios": {"depth": 0.5, "foo": 0.5}}, "unknown data set 'foo'"),
         ({"ratios": {"depth": -0.5, "mask": 1.5}}, "ratios must be over 0: depth -0.5, mask 1.5"),
         ({"ratios": {"depth": 0.5, "mask": 0.4}}, "ratios must sum to 1, not 0.9: depth 0.5, mask 0.4"),
-        ({"sources": {"depth": "x.jsonl"}}, "there are ratios but no sources for celeb_hq, celeba, edge"),
-        ({"sources": {"depth": "x.jsonl"}, "ratios": {"depth": 1.0}}, r"x\.jsonl: no such file"),
+        ({"train": {"depth": "x.jsonl"}}, "there are ratios but no sources for celeb_hq, celeba, edge"),
+        ({"train": {"depth": "x.jsonl"}, "ratios": {"depth": 1.0}}, r"x\.jsonl: no such file"),
         ({"max_references": 0}, "max_references must be 1 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=reason):
-        InstructionDataModule(**{"sources": "toybox", **SMALL, **settings})
+        InstructionDataModule(**{"train": "toybox", **SMALL, **settings})
 
 
 def test_own_templates_take_the_place_of_the_packages(tmp_path: Path) -> None:
@@ -325,7 +334,7 @@ def test_own_templates_take_the_place_of_the_packages(tmp_path: Path) -> None:
 INSTRUCT = """
   class_path: InstructionDataModule
   init_args:
-    sources:
+    train:
       internal: {class_path: ToyboxSource, init_args: {tasks: {caption: 1.0}, length: 16, told: true}}
       styled: FILE
     ratios: {internal: 0.75, styled: 0.25}

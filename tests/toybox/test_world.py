@@ -10,7 +10,7 @@ from lightning_mmgen.data.crops import Cropping, CropRecipe
 from lightning_mmgen.data.images import open_picture
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.render import draw, portrait, signed_distance
-from lightning_mmgen.toybox.tasks import TASKS, Truth, boxes, control_image, edit_session
+from lightning_mmgen.toybox.tasks import COMPOSITIONS, TASKS, Truth, boxes, control_image, edit_session
 from lightning_mmgen.toybox.world import (
     BACKGROUNDS,
     COLOURS,
@@ -154,6 +154,25 @@ def test_every_task_yields_valid_records(task: str, held: bool) -> None:
             assert held_out(tuple(p.toy for p in scene.toys)) == held
         shown = CropRecipe(16, 16, cropping=PLAIN).compose(record, None, np.random.default_rng(0)) if task == "crops" else record
         assert all(k < len(scene.toys) and m in {r.marker for r in shown.references} for k, m in truth(record).shown)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_a_composition_shows_what_it_does_not_tell(name: str) -> None:
+    for seed in range(20):
+        record = COMPOSITIONS[name](np.random.default_rng(seed), True)
+        asked, scene = truth(record), truth(record).scene
+        by_role = {r.role: r for r in record.references}
+        assert held_out(tuple(p.toy for p in scene.toys)) and [r.marker for r in record.references] == list(
+            range(1, len(record.references) + 1)
+        )
+        assert asked.style == ("style" in by_role) and (asked.style or scene.style == "flat")
+        assert scene.style not in record.instruction and asked.sizes == bool({"depth", "mask"} & set(by_role))
+        if "subject" in by_role:
+            subjects = [r for r in record.references if r.role == "subject"]
+            assert [m for _, m in asked.shown] == [r.marker for r in subjects] and len(subjects) == len(scene.toys)
+            assert not any(p.toy.colour in record.instruction.replace(scene.background, "") for p in scene.toys)
+        else:
+            assert not asked.shown and all(p.toy.words() in record.instruction for p in scene.toys)
 
 
 def test_measures_are_the_traits_that_show_on_a_scale_of_ten() -> None:
