@@ -26,10 +26,11 @@ from ..models.weights import locate
 from ..prompt import Record
 from .render import draw, toy_rgb
 from .tasks import TASKS
-from .world import NAMES, TRAITS, Toy, random_scene
+from .world import NAMES, STYLES, TRAITS, Toy, random_scene
 
 PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
-FACTS = [*map(len, NAMES.values()), len(TRAITS) + 3]  # numbers that tell a toy: scores of each name, then its measures
+KINDS = [*NAMES.values(), STYLES]  # what a toy's picture shows, by name
+FACTS = [*map(len, KINDS), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -354,28 +355,32 @@ class VLMPretraining(RecordPretraining):
             loss = loss + telling
         return loss
 
-    def telling(self, tokens: Tensor, toys: list[Toy]) -> Tensor:
-        """How badly one linear layer tells a toy from any one of its picture's tokens [toys, patches, d], with noise on it: the
-        cross-entropy of its three names, and the squared errors of its measures (:func:`measures`)."""
+    def telling(self, tokens: Tensor, toys: list[Toy], styles: list[str]) -> Tensor:
+        """How badly one linear layer tells a toy and its picture's style from any one of the picture's tokens [toys, patches, d], with noise
+        on it: the cross-entropy of its three names and of the style, and the squared errors of its measures (:func:`measures`)."""
         told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
         loss = tokens.new_zeros(())
-        for (name, kinds), choices in zip(NAMES.items(), told[:-1], strict=True):
-            right = torch.tensor([kinds.index(getattr(t, name)) for t in toys], device=tokens.device)
+        named = [[getattr(toy, name) for toy in toys] for name in NAMES] + [styles]
+        for names, kinds, choices in zip(named, KINDS, told[:-1], strict=True):
+            right = torch.tensor([kinds.index(name) for name in names], device=tokens.device)
             loss = loss + F.cross_entropy(choices.movedim(-1, 1), right[:, None].expand(choices.shape[:2]))
         wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
         has = wanted.isfinite()
         return loss + FACTS[-1] * F.mse_loss(told[-1][has], wanted[has])
 
 
-def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy]] | None:
-    """The tokens [toys, patches, d] of all pictures that show one toy alone, and the toys."""
-    toys = [
-        (prompts.inputs[b, span.start : span.end], placed.toy)
+def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy], list[str]] | None:
+    """The tokens [toys, patches, d] of all pictures that show one toy alone, the toys, and the pictures' styles."""
+    shown = [
+        (prompts.inputs[b, span.start : span.end], placed.toy, record.extra["truth"].scene.style)
         for b, record in enumerate(records)
         if record.task in PORTRAITS
         for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
     ]
-    return (torch.stack([tokens for tokens, _ in toys]), [toy for _, toy in toys]) if toys else None
+    if not shown:
+        return None
+    tokens, toys, styles = zip(*shown, strict=True)
+    return torch.stack(tokens), list(toys), list(styles)
 
 
 def measures(toy: Toy) -> list[float]:
