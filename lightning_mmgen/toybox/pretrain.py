@@ -261,6 +261,7 @@ class VLMPretraining(RecordPretraining):
     single token of a toy's picture say what the toy is (:meth:`telling`).
 
     Args:
+        reference_sizes: sides in pixels, one drawn at random for a batch, of pictures that show one toy alone.
         noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
         train_language: train the language model too, not the vision tower and the projector alone.
         start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
@@ -272,7 +273,7 @@ class VLMPretraining(RecordPretraining):
         vision: dict[str, int],
         text: dict[str, int],
         tasks: dict[str, float],
-        reference_size: int = 40,
+        reference_sizes: tuple[int, ...] = (40,),
         lr: float = 1e-3,
         batch_size: int = 32,
         warmup: int = 100,
@@ -285,7 +286,7 @@ class VLMPretraining(RecordPretraining):
         super().__init__(out, lr, batch_size, warmup, seed, ema)
         from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-        self.tasks, self.reference_size = tasks, reference_size
+        self.tasks, self.reference_sizes = tasks, reference_sizes
         special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(start)) if start else build_tokenizer(text["vocab_size"], special)
         width = text["hidden_size"]
@@ -315,7 +316,7 @@ class VLMPretraining(RecordPretraining):
         torch.nn.init.normal_(self.net.get_input_embeddings().weight, std=0.1)  # words start far apart
         if start:
             self.net.load_state_dict(Idefics2ForConditionalGeneration.from_pretrained(locate(start)).state_dict())
-        self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2, norm=True)
+        self.encoder = Idefics2Encoder(out, image_tokens=(reference_sizes[0] // vision["patch_size"]) ** 2, norm=True)
         self.encoder.adopt(self.net.model, self.tokenizer)
         self.noise, self.facts = noise, torch.nn.Linear(width, sum(FACTS))
         if not train_language:
@@ -326,9 +327,8 @@ class VLMPretraining(RecordPretraining):
         texts = [r.prompt().instruction for r in records]
         full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
-        references = pack(
-            [[pixels(ref.image, self.reference_size if r.task in PORTRAITS else None) for ref in r.references] for r in records]
-        )
+        side = self.reference_sizes[int(torch.randint(len(self.reference_sizes), ()))]
+        references = pack([[pixels(ref.image, side if r.task in PORTRAITS else None) for ref in r.references] for r in records])
         prompts = self.encoder.embed(full, markers, references)
         hidden = self.encoder.read(prompts)
         labels = torch.full(prompts.mask.shape, -100)
