@@ -62,19 +62,21 @@ class PictureGrid(HeldOutCallback):
 
 
 def grid(records: list[Record], before: Tensor | None, after: Tensor, cell: int, columns: int) -> Image:
-    """One row an instruction: references, text, before, after, target. ``before`` and ``after`` are [n, 3, H, W] in [-1, 1]."""
+    """One row an instruction: references, text, before (if there is one), after, target. ``before`` and ``after`` are [n, 3, H, W] in
+    [-1, 1]."""
     most = max(1, *(len(r.references) for r in records))
     text_width, gap, head = 3 * cell, 6, 22
-    width = (most + 3) * (cell + gap) + text_width + 2 * gap
+    titles = [*(["before"] if before is not None else []), "after", "target"]
+    width = (most + len(titles)) * (cell + gap) + text_width + 2 * gap
     rows = -(-len(records) // columns)
     page = PILImage.new("RGB", (width * columns, head + rows * (cell + gap)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=max(11, cell // 8))
-    old = to_pil(before) if before is not None else [None] * len(records)
+    drawn = [to_pil(pictures) for pictures in (before, after) if pictures is not None]
     for c in range(columns):
-        for i, title in enumerate(["references", *[""] * (most - 1), "", "before", "after", "target"]):
+        for i, title in enumerate(["references", *[""] * (most - 1), "", *titles]):
             x = c * width + gap + i * (cell + gap) + (text_width - cell if i > most else 0)
             pen.text((x, 4), title, "black", font)
-    for i, (record, was, now) in enumerate(zip(records, old, to_pil(after), strict=True)):
+    for i, (record, *pictures) in enumerate(zip(records, *drawn, strict=True)):
         x, y = (i % columns) * width + gap, head + (i // columns) * (cell + gap)
         for k, reference in enumerate(record.references):
             page.paste(pad_square(open_picture(reference.image)).resize((cell, cell)), (x + k * (cell + gap), y))
@@ -82,7 +84,7 @@ def grid(records: list[Record], before: Tensor | None, after: Tensor, cell: int,
         pen.multiline_text((x, y), "\n".join(textwrap.wrap(record.instruction, 34)[:6]), "black", font, spacing=2)
         x += text_width + gap
         target = open_picture(record.target) if record.target is not None else None
-        for picture in (was, now, target):
+        for picture in (*pictures, target):
             if picture is not None:
                 page.paste(pad_square(picture).resize((cell, cell)), (x, y))
             x += cell + gap

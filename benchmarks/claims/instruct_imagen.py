@@ -10,22 +10,16 @@ on where it was.
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from jobs import DATA, MODEL, Job, arguments, fit, interval, work
 from lightning_mmgen.callbacks import sample
-from scipy import stats
 
-from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.instructions import DATA_SETS, InstructionRecipe, raw, read_templates
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.metrics.following import toybox_rating
@@ -33,11 +27,8 @@ from lightning_mmgen.metrics.ratings import Ratings
 from lightning_mmgen.module import MultimodalDiffusion
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
-from lightning_mmgen.tools.generate import load_module
 from lightning_mmgen.toybox.tasks import COMPOSITIONS
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-MODEL, DATA = "--model.init_args", "--data.init_args"
 TOYBOX = ("overlays/toybox.yaml", "overlays/toybox_references.yaml", "overlays/references_both.yaml")
 TASKS = {name: DATA_SETS[name] for name in ("internal", "depth", "mask", "edge", "sketch", "subjects", "styled", "style_transfer")}
 """The in-domain tasks, each by the first data set that has it."""
@@ -48,62 +39,21 @@ Scores = dict[str, list[tuple[float, float]]]  # by task: SC and PQ of every pic
 # -- runs ------------------------------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """One run of one seed."""
-
-    name: str
-    seed: int
-    runs: str
-    steps: int
-    count: int
-    threads: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs) / self.name.replace(" ", "_") / f"seed{self.seed}"
-
-
-def checkpoint(folder: Path) -> Path:
-    return folder / "run" / "checkpoints" / "last.ckpt"
-
-
-def fit(job: Job, recipe: str, more: list[str]) -> MultimodalDiffusion:
-    """One training, or what it left."""
-    last = checkpoint(job.folder)
-    if not last.is_file():
-        args = [x for f in (recipe, *TOYBOX) for x in ("-c", str(EXPERIMENTS / f))]
-        args += [f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
-        args += ["--trainer.callbacks={class_path: EMA, init_args: {decay: 0.99}}", "--trainer.enable_progress_bar=false"]
-        run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
-        args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
-        lightning(["fit", *args, *more]).trainer.save_checkpoint(last)
-    return load_module(last)
-
-
-def work(job: Job) -> None:
-    """Train and measure; what is there already is kept."""
-    if (job.folder / "scores.json").is_file():
-        return
-    torch.set_num_threads(job.threads)
-    stage_1 = f"{MODEL}.start={checkpoint(job._replace(name='retrieval').folder)}"
-    task = job.name.removeprefix("only ")
+def measure(job: Job) -> dict[str, Any]:
+    """Train and measure."""
+    stage_1, task = f"{MODEL}.start={job.other('retrieval').checkpoint}", job.name.removeprefix("only ")
     if job.name == "retrieval":
-        module = fit(job, "retrieval.yaml", [])
-    elif task in TASKS:  # as many steps as its share of an eighth of them all
-        more = [stage_1, f"{DATA}.ratios={json.dumps({task: 1.0})}"]
-        module = fit(job._replace(steps=max(job.steps // len(TASKS), 1)), "instruct_imagen_sdxl.yaml", more)
+        fit(job, ["retrieval.yaml", *TOYBOX], [])
+        return {}
+    if task in TASKS:  # the single-task models share the steps
+        job, more = job._replace(steps=max(job.steps // len(TASKS), 1)), [stage_1, f"{DATA}.ratios={json.dumps({task: 1.0})}"]
     else:
         more = [f"{MODEL}.start=null" if job.name == "no retrieval" else stage_1]
         more += [f"{DATA}.instructions=false"] if job.name == "multi-task" else []
-        module = fit(job, "instruct_imagen_sdxl.yaml", more)
-    scores: dict[str, Any] = {}
-    if job.name != "retrieval":
-        wanted = [task] if task in TASKS else [*TASKS, *COMPOSITIONS]
-        start = time.monotonic()
-        scores = {name: rate(module, records(name, job.count, job.name == "multi-task"), job.seed) for name in wanted}
-        scores["seconds a picture"] = (time.monotonic() - start) / sum(map(len, scores.values()))
-    (job.folder / "scores.json").write_text(json.dumps(scores))
-    print(f"{job.name}, seed {job.seed}: done", flush=True)
+    module = fit(job, ["instruct_imagen_sdxl.yaml", *TOYBOX], more)
+    wanted, start = [task] if task in TASKS else [*TASKS, *COMPOSITIONS], time.monotonic()
+    scores: dict[str, Any] = {name: rate(module, records(name, job.count, job.name == "multi-task"), job.seed) for name in wanted}
+    return scores | {"seconds a picture": (time.monotonic() - start) / (job.count * len(wanted))}
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------------
@@ -165,37 +115,19 @@ def table(found: dict[str, list[Scores]]) -> None:
 
 def claim(name: str, values: list[float], at_least: float) -> str:
     """Mean over seeds, its t interval, and the verdict."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-    figure = float(np.mean(values))
+    figure, half = interval(values)
     return f"{name:<58}>= {at_least:<8g}{figure:>8.3f} ± {half:.3f}   {'holds' if figure >= at_least else 'does not hold'}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", default="runs/claims/instruct_imagen")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=760)
-    parser.add_argument("--count", type=int, default=32, help="held-out pictures a task")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    args = parser.parse_args()
-    threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    runs = str(Path(args.runs).resolve())
+    args = arguments("runs/claims/instruct_imagen", 32)
     waves = [["retrieval", "no retrieval"], ["full", "multi-task", *(f"only {task}" for task in TASKS)]]  # the second needs stage 1
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for seed in args.seeds:
-            for wave in waves:
-                jobs = [Job(name, seed, runs, args.steps, args.count, threads) for name in wave]
-                for done in as_completed([pool.submit(work, job) for job in jobs]):
-                    done.result()  # stops at the first that fails
-
-    def scores(name: str, seed: int) -> Scores:
-        return json.loads((Job(name, seed, runs, 0, 0, 0).folder / "scores.json").read_text())  # type: ignore[no-any-return]
-
-    found = {model: [scores(model, s) for s in args.seeds] for model in MODELS}
+    scores = work(args, waves, measure)
+    found = {model: [scores[model, s] for s in args.seeds] for model in MODELS}
     single = []
     for s in args.seeds:
-        own = {task: scores(f"only {task}", s) for task in TASKS}
-        seconds = float(np.mean([run.pop("seconds a picture") for run in own.values()]))
+        own = {task: scores[f"only {task}", s] for task in TASKS}
+        seconds = float(np.mean([run["seconds a picture"] for run in own.values()]))
         single.append({task: run[task] for task, run in own.items()} | {"seconds a picture": seconds})
     table(found | {"single-task": single})
     inside, outside = tuple(TASKS), tuple(COMPOSITIONS)

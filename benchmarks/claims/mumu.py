@@ -1,36 +1,29 @@
 """What MUMU's paper found, measured on the toybox by its oracle (Berman & Peysakhovich 2024, section 6).
 
-    python benchmarks/claims/mumu.py [--runs DIR] [--seeds 1 2 3] [--steps 1200] [--count 96] [--jobs 2]
+    python benchmarks/claims/mumu.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 96] [--jobs 2]
 
 Trains ``experiments/mumu_stage1.yaml`` and its variants at the toybox's size, once a seed, measures each on held-out toys, and prints one
 table: claim, threshold, figure with its 95 % interval over the seeds (Student's t), pictures, and whether it holds. What a run measured is
-kept beside its checkpoint: a stopped benchmark goes on where it was.
+kept beside its checkpoint, a page of pictures for finding 2 too: a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing
-import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning_mmgen.callbacks import sample
+from jobs import DATA, EXPERIMENTS, MODEL, Job, arguments, fit, interval, work
+from lightning_mmgen.callbacks import grid, sample
 from PIL import Image as PILImage
-from scipy import stats
 
 from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.crops import Cropping, CropRecipe
 from lightning_mmgen.data.sources import ToyboxSource, write_jsonl
 from lightning_mmgen.metrics.following import ToyboxFollowing
-from lightning_mmgen.module import MultimodalDiffusion
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record, Reference
 from lightning_mmgen.tools.export import export
@@ -40,10 +33,7 @@ from lightning_mmgen.toybox.oracle import read, score
 from lightning_mmgen.toybox.tasks import Truth, boxes, picture
 from lightning_mmgen.toybox.world import STYLES, Scene, random_scene
 
-ROOT = Path(__file__).resolve().parents[2]
-EXPERIMENTS = ROOT / "experiments"
-MODEL, DATA = "--model.init_args", "--data.init_args"
-TOKENS = (1, 9, 25, 36)
+TOKENS = (1, 25, 36)
 Scores = dict[str, list[float]]
 
 # -- runs ------------------------------------------------------------------------------------------------------------------------
@@ -69,22 +59,6 @@ RUNS: dict[str, list[str]] = {
     "training table": [table(TABLE)],
 }
 """Variants of stage 1; the toybox's overlay trains every row at one rate."""
-
-
-def checkpoint(folder: Path) -> Path:
-    return folder / "run" / "checkpoints" / "last.ckpt"
-
-
-def fit(folder: Path, seed: int, steps: int, files: list[str], more: list[str]) -> MultimodalDiffusion:
-    """One training, or what it left."""
-    last = checkpoint(folder)
-    if not last.is_file():
-        args = [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
-        args += [f"--seed_everything={seed}", f"{DATA}.seed={seed}", f"--trainer.max_steps={steps}"]
-        args += ["--trainer.callbacks={class_path: EMA, init_args: {decay: 0.99}}", "--trainer.enable_progress_bar=false"]
-        args += [f"--trainer.logger.init_args.{k}={v}" for k, v in (("save_dir", folder.parent), ("name", folder.name), ("version", "run"))]
-        lightning(["fit", *args, *more]).trainer.save_checkpoint(last)
-    return load_module(last)
 
 
 # -- held-out prompts ------------------------------------------------------------------------------------------------------------
@@ -200,52 +174,30 @@ def is_of_a_toy(condition: str) -> bool:
     return condition[-1].isdigit()
 
 
-# -- jobs ------------------------------------------------------------------------------------------------------------------------
+# -- what is measured of each ------------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
-    """One run of one seed."""
-
-    name: str
-    seed: int
-    runs: str
-    steps: int
-    count: int
-    threads: int
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.runs) / self.name.replace(" ", "_") / f"seed{self.seed}"
-
-    def of(self, name: str) -> Path:
-        return self._replace(name=name).folder
-
-
-def work(job: Job) -> None:
-    """Train and measure; what is there already is kept."""
-    if (job.folder / "scores.json").is_file():
-        return
-    torch.set_num_threads(job.threads)
-    scores = {"base": base, "fine-tune": fine_tune}.get(job.name, stage_2 if job.name.startswith("stage 2") else stage_1)(job)
-    (job.folder / "scores.json").write_text(json.dumps(scores))
-    print(f"{job.name}, seed {job.seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items()), flush=True)
+def measure(job: Job) -> Scores:
+    """Train and measure."""
+    return {"base": base, "fine-tune": fine_tune}.get(job.name, stage_2 if job.name.startswith("stage 2") else stage_1)(job)
 
 
 def base(job: Job) -> Scores:
     """The shipped model as it is."""
-    job.folder.mkdir(parents=True, exist_ok=True)
     module = lightning(["-c", str(EXPERIMENTS / "instruct.yaml")], run=False).model
     module.configure_model()
     return following(MultimodalPipeline.of(module.eval()), captions(job.count), job.seed, "captions")
 
 
 def stage_1(job: Job) -> Scores:
-    module = fit(job.folder, job.seed, job.steps, ["mumu_stage1.yaml", "overlays/toybox.yaml"], RUNS[job.name])
+    module = fit(job, ["mumu_stage1.yaml", "overlays/toybox.yaml"], RUNS[job.name])
     pipeline = MultimodalPipeline.of(module)
     out = following(pipeline, crops(job.count), job.seed, "crops")
     if job.name == "stage 1":
         out |= following(pipeline, captions(job.count), job.seed, "captions")
-        out |= following(pipeline, composed(job.count), job.seed, "composed")
+        out |= following(pipeline, (prompts := composed(job.count)), job.seed, "composed")
+        shown = prompts[:16]
+        grid(shown, None, sample(pipeline, shown, seed=job.seed, side=64), cell=96, columns=2).save(job.folder / "composed.png")
         out |= bleeding(pipeline, crops(job.count, toys=2), job.seed)
         out |= conditions(pipeline, styles(job.count), job.seed, style=is_style)
         out |= conditions(pipeline, styles(job.count, blank=True), job.seed, **{"style of nothing": is_style})
@@ -257,11 +209,11 @@ def stage_1(job: Job) -> Scores:
 
 def stage_2(job: Job) -> Scores:
     """Stage 2 from stage 1 with four times the tokens, or (its control) with as many as before."""
-    more = [f"{MODEL}.start={checkpoint(job.of('stage 1'))}"]
+    more = [f"{MODEL}.start={job.other('stage 1').checkpoint}"]
     if job.name != "stage 2":
         more.append(f"{MODEL}.encoder.init_args.image_tokens=25")
     files = ["mumu_stage2.yaml", "overlays/toybox.yaml", "overlays/toybox_mumu_stage2.yaml"]
-    module = fit(job.folder, job.seed, job.steps // 2, files, more)
+    module = fit(job._replace(steps=job.steps // 2), files, more)
     return following(MultimodalPipeline.of(module), crops(job.count, toys=1, per_prompt=1), job.seed, "one crop")
 
 
@@ -274,8 +226,8 @@ def fine_tune(job: Job) -> Scores:
     rows = [{"match": m, "train": "frozen"} for m in ("encoder.vision", "encoder.projector", "encoder.language", "adapter")]
     rows.append({"match": "unet", "train": "full", "lr": 3e-4})
     more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}"]
-    tuned = fit(job.folder, job.seed, job.steps, ["instruct.yaml"], more)
-    module = load_module(checkpoint(job.of("stage 1")))
+    tuned = fit(job, ["instruct.yaml"], more)
+    module = load_module(job.other("stage 1").checkpoint)
     tuned.unet.save_pretrained(job.folder / "unet")
     if not (job.folder / "merged").exists():
         export(module, job.folder / "export")
@@ -336,8 +288,7 @@ def row(claim: Claim, scores: dict[tuple[str, int], Scores], seeds: list[int]) -
         return float(np.mean(scores[of[0], seed][of[1]]))
 
     values = [mean(claim.figure, s) - (mean(claim.minus, s) if claim.minus else 0.0) for s in seeds]
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
-    figure, low, high = float(np.mean(values)), claim.at_least, claim.at_most
+    (figure, half), low, high = interval(values), claim.at_least, claim.at_most
     bounds = " and ".join(t for t in (low is not None and f">= {low:g}", high is not None and f"<= {high:g}") if t)
     holds = (low is None or figure >= low) and (high is None or figure <= high)
     pictures = sum(len(scores[claim.figure[0], s][claim.figure[1]]) for s in seeds)
@@ -345,23 +296,9 @@ def row(claim: Claim, scores: dict[tuple[str, int], Scores], seeds: list[int]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", default="runs/claims/mumu")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--count", type=int, default=96, help="held-out pictures a measure")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
-    args = parser.parse_args()
-    threads = max((os.cpu_count() or 1) // args.jobs, 1)
-    runs = str(Path(args.runs).resolve())
+    args = arguments("runs/claims/mumu", 96)
     waves = [["base", *RUNS], ["stage 2", "stage 2 of 25", "fine-tune"]]  # the second needs stage 1
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for seed, wave in product(args.seeds, waves):
-            jobs = [Job(name, seed, runs, args.steps, args.count, threads) for name in wave]
-            for done in as_completed([pool.submit(work, job) for job in jobs]):
-                done.result()  # stops at the first that fails
-    names = [name for wave in waves for name in wave]
-    scores = {(n, s): json.loads((Job(n, s, runs, 0, 0, 0).folder / "scores.json").read_text()) for n in names for s in args.seeds}
+    scores = work(args, waves, measure)
     curve = {n: [scores["stage 1" if n == 25 else f"{n} tokens", s]["crops consistency"] for s in args.seeds] for n in TOKENS}
     print("\nconsistency by tokens a crop: " + ", ".join(f"{n}: {np.mean(values):.3f}" for n, values in curve.items()))
     print(f"\n{'claim':<58}{'threshold':>20}{'figure':>17}{'pictures':>8}")

@@ -26,10 +26,11 @@ from ..models.weights import locate
 from ..prompt import Record
 from .render import draw, toy_rgb
 from .tasks import TASKS
-from .world import NAMES, TRAITS, Toy, random_scene
+from .world import NAMES, STYLES, TRAITS, Toy, random_scene
 
 PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
-FACTS = [*map(len, NAMES.values()), len(TRAITS) + 3]  # numbers that tell a toy: scores of each name, then its measures
+KINDS = [*NAMES.values(), STYLES]  # what a toy's picture shows, by name
+FACTS = [*map(len, KINDS), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -260,6 +261,7 @@ class VLMPretraining(RecordPretraining):
     single token of a toy's picture say what the toy is (:meth:`telling`).
 
     Args:
+        reference_sizes: sides in pixels, one drawn at random for a batch, of pictures that show one toy alone.
         noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
         train_language: train the language model too, not the vision tower and the projector alone.
         start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
@@ -271,7 +273,7 @@ class VLMPretraining(RecordPretraining):
         vision: dict[str, int],
         text: dict[str, int],
         tasks: dict[str, float],
-        reference_size: int = 40,
+        reference_sizes: tuple[int, ...] = (40,),
         lr: float = 1e-3,
         batch_size: int = 32,
         warmup: int = 100,
@@ -284,7 +286,7 @@ class VLMPretraining(RecordPretraining):
         super().__init__(out, lr, batch_size, warmup, seed, ema)
         from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-        self.tasks, self.reference_size = tasks, reference_size
+        self.tasks, self.reference_sizes = tasks, reference_sizes
         special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(start)) if start else build_tokenizer(text["vocab_size"], special)
         width = text["hidden_size"]
@@ -314,7 +316,7 @@ class VLMPretraining(RecordPretraining):
         torch.nn.init.normal_(self.net.get_input_embeddings().weight, std=0.1)  # words start far apart
         if start:
             self.net.load_state_dict(Idefics2ForConditionalGeneration.from_pretrained(locate(start)).state_dict())
-        self.encoder = Idefics2Encoder(out, image_tokens=(reference_size // vision["patch_size"]) ** 2, norm=True)
+        self.encoder = Idefics2Encoder(out, image_tokens=(reference_sizes[0] // vision["patch_size"]) ** 2, norm=True)
         self.encoder.adopt(self.net.model, self.tokenizer)
         self.noise, self.facts = noise, torch.nn.Linear(width, sum(FACTS))
         if not train_language:
@@ -325,9 +327,8 @@ class VLMPretraining(RecordPretraining):
         texts = [r.prompt().instruction for r in records]
         full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
-        references = pack(
-            [[pixels(ref.image, self.reference_size if r.task in PORTRAITS else None) for ref in r.references] for r in records]
-        )
+        side = self.reference_sizes[int(torch.randint(len(self.reference_sizes), ()))]
+        references = pack([[pixels(ref.image, side if r.task in PORTRAITS else None) for ref in r.references] for r in records])
         prompts = self.encoder.embed(full, markers, references)
         hidden = self.encoder.read(prompts)
         labels = torch.full(prompts.mask.shape, -100)
@@ -354,28 +355,32 @@ class VLMPretraining(RecordPretraining):
             loss = loss + telling
         return loss
 
-    def telling(self, tokens: Tensor, toys: list[Toy]) -> Tensor:
-        """How badly one linear layer tells a toy from any one of its picture's tokens [toys, patches, d], with noise on it: the
-        cross-entropy of its three names, and the squared errors of its measures (:func:`measures`)."""
+    def telling(self, tokens: Tensor, toys: list[Toy], styles: list[str]) -> Tensor:
+        """How badly one linear layer tells a toy and its picture's style from any one of the picture's tokens [toys, patches, d], with
+        noise on it: the cross-entropy of three names and of the style, and the squared errors of the measures (:func:`measures`)."""
         told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
         loss = tokens.new_zeros(())
-        for (name, kinds), choices in zip(NAMES.items(), told[:-1], strict=True):
-            right = torch.tensor([kinds.index(getattr(t, name)) for t in toys], device=tokens.device)
+        named = [[getattr(toy, name) for toy in toys] for name in NAMES] + [styles]
+        for names, kinds, choices in zip(named, KINDS, told[:-1], strict=True):
+            right = torch.tensor([kinds.index(name) for name in names], device=tokens.device)
             loss = loss + F.cross_entropy(choices.movedim(-1, 1), right[:, None].expand(choices.shape[:2]))
         wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
         has = wanted.isfinite()
         return loss + FACTS[-1] * F.mse_loss(told[-1][has], wanted[has])
 
 
-def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy]] | None:
-    """The tokens [toys, patches, d] of all pictures that show one toy alone, and the toys."""
-    toys = [
-        (prompts.inputs[b, span.start : span.end], placed.toy)
+def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy], list[str]] | None:
+    """The tokens [toys, patches, d] of all pictures that show one toy alone, the toys, and the pictures' styles."""
+    shown = [
+        (prompts.inputs[b, span.start : span.end], placed.toy, record.extra["truth"].scene.style)
         for b, record in enumerate(records)
         if record.task in PORTRAITS
         for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
     ]
-    return (torch.stack([tokens for tokens, _ in toys]), [toy for _, toy in toys]) if toys else None
+    if not shown:
+        return None
+    tokens, toys, styles = zip(*shown, strict=True)
+    return torch.stack(tokens), list(toys), list(styles)
 
 
 def measures(toy: Toy) -> list[float]:

@@ -62,6 +62,19 @@ def _portrait(rng: np.random.Generator, toy: Toy) -> Image:
     return PILImage.fromarray(portrait(toy, ground, REFERENCE_SIDE))
 
 
+def _glimpses(rng: np.random.Generator, scene: Scene) -> tuple[Scene, list[Image]]:
+    """Each toy of a scene alone, as references show it, and the scene in the style that they show: portraits, which are flat, or as often
+    crops of other pictures in the scene's style (their boxes, up to a pixel off)."""
+    if rng.random() < 0.5:
+        return replace(scene, style="flat"), [_portrait(rng, placed.toy) for placed in scene.toys]
+    crops = []
+    for placed in scene.toys:
+        other = place(rng, (placed.toy,), style=scene.style)
+        box, off = boxes(other)[0], rng.integers(-1, 2, 4)
+        crops.append(picture(other).crop(tuple(int(edge) + int(by) for edge, by in zip(box[1:5], off, strict=True))))  # type: ignore[arg-type]
+    return scene, crops
+
+
 def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Truth, told: str | None = None, **more: Any) -> Record:
     """``told``: what the instruction says of the scene in words, if that is not all."""
     pixels, masks = draw(scene)
@@ -278,23 +291,23 @@ def question(rng: np.random.Generator, held: bool) -> Record:
 
 def naming(rng: np.random.Generator, held: bool) -> Record:
     """What is this? One toy or two, each alone on its picture, and their words."""
-    scene = random_scene(rng, held=held)
+    scene, shown = _glimpses(rng, random_scene(rng, held=held))
     toys = [p.toy for p in scene.toys]
     text = " and ".join(f"[ref#{k + 1}]" for k in range(len(toys)))
-    refs = tuple(Reference(k + 1, _portrait(rng, toy)) for k, toy in enumerate(toys))
+    refs = tuple(Reference(k + 1, image) for k, image in enumerate(shown))
     ask, answer = "what is this?" if len(toys) == 1 else "what are these?", " and ".join(f"a {t.words()}" for t in toys)
     return Record(text, refs, task="naming", question=ask, answer=answer, extra={"truth": Truth(scene)})
 
 
 def measuring(rng: np.random.Generator, held: bool) -> Record:
     """A toy alone on its picture, and its unnamed traits on a scale of 0 to 9: what a VLM may report and no caption says."""
-    scene = random_scene(rng, held=held, toys=1)
+    scene, shown = _glimpses(rng, random_scene(rng, held=held, toys=1))
     toy = scene.toys[0].toy
     marks = {name: int(10 * (value - TRAITS[name][0]) / (TRAITS[name][1] - TRAITS[name][0])) for name, value in toy.traits().items()}
     answer = " ".join(f"{name} {min(mark, 9)}" for name, mark in marks.items())
     return Record(
         "[ref#1]",
-        (Reference(1, _portrait(rng, toy)),),
+        (Reference(1, shown[0]),),
         task="measuring",
         question="what are its measures?",
         answer=answer,

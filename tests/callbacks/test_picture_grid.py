@@ -29,24 +29,25 @@ def page(records: list[Record], columns: int, before: torch.Tensor | None = None
 @pytest.mark.parametrize(("count", "columns", "rows"), [(1, 1, 1), (4, 2, 2), (5, 2, 3), (3, 3, 1)])
 def test_the_page_has_room_for_every_instruction(count: int, columns: int, rows: int) -> None:
     records = asked(count)
-    cells = max(len(r.references) for r in records) + 3  # before, after, target
-    height, width, _ = page(records, columns).shape
-    assert height == 22 + rows * (CELL + 6)
-    assert width == columns * (cells * (CELL + 6) + 3 * CELL + 12)
+    most = max(len(r.references) for r in records)
+    for before, cells in ((None, most + 2), (torch.zeros(count, 3, CELL, CELL), most + 3)):  # before, after, target
+        height, width, _ = page(records, columns, before).shape
+        assert height == 22 + rows * (CELL + 6)
+        assert width == columns * (cells * (CELL + 6) + 3 * CELL + 12)
 
 
 def test_the_page_holds_the_pictures_in_their_places() -> None:
     records = asked(3)
     before = torch.full((3, 3, CELL, CELL), -1.0)
-    for pictures, shade in ((before, 0), (None, 255)):
+    for pictures, shades in ((before, [0, 128]), (None, [128])):
         shown = page(records, 2, pictures)
         most, width = max(len(r.references) for r in records), shown.shape[1] // 2
         for i, record in enumerate(records):
             assert record.target is not None
             x, y = i % 2 * width + 6 + most * (CELL + 6) + 3 * CELL + 6, 22 + i // 2 * (CELL + 6)
-            cells = [shown[y : y + CELL, x + k * (CELL + 6) :][:, :CELL] for k in range(3)]
-            assert (cells[0] == shade).all() and (cells[1] == 128).all()
-            assert np.array_equal(cells[2], ((pixels(record.target) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+            *drawn, last = (shown[y : y + CELL, x + k * (CELL + 6) :][:, :CELL] for k in range(len(shades) + 1))
+            assert all((cell == shade).all() for cell, shade in zip(drawn, shades, strict=True))
+            assert np.array_equal(last, ((pixels(record.target) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
 def test_the_dashboard_holds_pictures_losses_rates_and_the_table(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.toybox.pretrain import FACTS, Pictures, VLMPretraining, toys_shown, whiten
 from lightning_mmgen.toybox.tasks import TASKS
-from lightning_mmgen.toybox.world import COLOURS, SHAPES, TEXTURES, Toy
+from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, Toy
 
 
 def test_whitened_latents_have_unit_covariance_and_decode_to_the_same_pictures() -> None:
@@ -68,16 +68,18 @@ def test_telling_is_the_plain_sum_of_its_terms(vlm: VLMPretraining) -> None:
     ]
     tokens, vlm.noise = torch.randn(2, 3, vlm.facts.in_features), 0.0
     expected, squares = 0.0, []
-    for toy, numbers, patches in zip(toys, measured, tokens, strict=True):
+    styles = ["pastel", "flat"]
+    for toy, style, numbers, patches in zip(toys, styles, measured, tokens, strict=True):
         for told in vlm.facts(patches):
-            shape, colour, texture, values = told.split(FACTS)
+            shape, colour, texture, look, values = told.split(FACTS)
             expected -= shape.log_softmax(0)[SHAPES.index(toy.shape)] / 6
             expected -= colour.log_softmax(0)[list(COLOURS).index(toy.colour)] / 6
             expected -= texture.log_softmax(0)[TEXTURES.index(toy.texture)] / 6
+            expected -= look.log_softmax(0)[STYLES.index(style)] / 6
             squares += [(v - t) ** 2 for v, t in zip(values, numbers, strict=True) if t is not None]
-    torch.testing.assert_close(vlm.telling(tokens, toys), expected + 8 * torch.stack(squares).mean())
+    torch.testing.assert_close(vlm.telling(tokens, toys, styles), expected + 8 * torch.stack(squares).mean())
     vlm.noise = 1.0
-    assert vlm.telling(tokens, toys) != vlm.telling(tokens, toys)
+    assert vlm.telling(tokens, toys, styles) != vlm.telling(tokens, toys, styles)
 
 
 def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
@@ -92,6 +94,7 @@ def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
     portraits = [p for r, row in zip(records, pictures, strict=True) if r.task in ("naming", "measuring") for p in row]
     torch.testing.assert_close(shown[0], vlm.encoder.embed_images(torch.stack(portraits)))
     assert shown[1] == [p.toy for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
+    assert shown[2] == [records[i].extra["truth"].scene.style for i in (1, 3) for _ in records[i].references]
     assert toys_shown(records[:1], prompts) is None
 
 

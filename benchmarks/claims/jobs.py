@@ -1,0 +1,101 @@
+"""Trainings of a claims benchmark: each once a seed, some side by side, and none twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+
+from lightning_mmgen.cli import main as lightning
+from lightning_mmgen.module import MultimodalDiffusion
+from lightning_mmgen.tools.generate import load_module
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+MODEL, DATA = "--model.init_args", "--data.init_args"
+
+
+class Job(NamedTuple):
+    """One run of one seed; its checkpoint and ``scores.json`` lie in its folder."""
+
+    name: str
+    seed: int
+    runs: str
+    steps: int
+    count: int
+    threads: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.runs) / self.name.replace(" ", "_") / f"seed{self.seed}"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "run" / "checkpoints" / "last.ckpt"
+
+    def other(self, name: str) -> Job:
+        """The job of this name with the same seed."""
+        return self._replace(name=name)
+
+    def scores(self) -> Any:
+        return json.loads((self.folder / "scores.json").read_text())
+
+
+def fit(job: Job, files: list[str], more: list[str]) -> MultimodalDiffusion:
+    """One training, or what it left."""
+    if not job.checkpoint.is_file():
+        args = [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
+        args += [f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
+        args += ["--trainer.callbacks={class_path: EMA, init_args: {decay: 0.99}}", "--trainer.enable_progress_bar=false"]
+        run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
+        args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
+        lightning(["fit", *args, *more]).trainer.save_checkpoint(job.checkpoint)
+    return load_module(job.checkpoint)
+
+
+def _do(job: Job, measure: Callable[[Job], Any]) -> None:
+    torch.set_num_threads(job.threads)
+    scores = measure(job)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "scores.json").write_text(json.dumps(scores))
+    print(f"{job.name}, seed {job.seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items() if v), flush=True)
+
+
+def arguments(runs: str, count: int) -> argparse.Namespace:
+    """The command line of a claims benchmark."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", default=runs)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=760)
+    parser.add_argument("--count", type=int, default=count, help="held-out pictures a measure")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
+    return parser.parse_args()
+
+
+def work(args: argparse.Namespace, waves: list[list[str]], measure: Callable[[Job], Any]) -> dict[tuple[str, int], Any]:
+    """Scores by run and seed; ``measure`` trains and scores one job. A wave needs those before it; stops at the first that fails."""
+    threads = max((os.cpu_count() or 1) // args.jobs, 1)
+    runs, out = str(Path(args.runs).resolve()), {}
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for seed in args.seeds:
+            for wave in waves:
+                jobs = [Job(name, seed, runs, args.steps, args.count, threads) for name in wave]
+                missing = [job for job in jobs if not (job.folder / "scores.json").is_file()]
+                for done in as_completed([pool.submit(_do, job, measure) for job in missing]):
+                    done.result()
+                out |= {(job.name, seed): job.scores() for job in jobs}
+    return out
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean over seeds, and half of its 95 % interval (Student's t)."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    return float(np.mean(values)), half
