@@ -130,7 +130,7 @@ class MultimodalDiffusion(L.LightningModule):
     @property
     def references_in_prompt(self) -> bool:
         """Whether the encoder sees the references, and does not leave them to the UNet alone."""
-        config = self.parts[3]
+        *_, config = self.parts
         return config is None or config.in_prompt
 
     @property

@@ -24,7 +24,7 @@ from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.crops import Cropping, CropRecipe
 from lightning_mmgen.data.sources import ToyboxSource, write_jsonl
 from lightning_mmgen.metrics.following import ToyboxFollowing
-from lightning_mmgen.pipeline import MultimodalPipeline
+from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record, Reference
 from lightning_mmgen.tools.export import export
 from lightning_mmgen.tools.generate import load_module
@@ -120,8 +120,7 @@ def styles(count: int, blank: bool = False) -> list[Record]:
 
 def arrays(pipeline: MultimodalPipeline, records: list[Record], seed: int) -> list[Any]:
     """The pictures drawn, uint8 [64, 64, 3] each."""
-    drawn = sample(pipeline, records, seed=seed, side=64)
-    return list(((drawn.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return [np.asarray(image) for image in to_pil(sample(pipeline, records, seed=seed, side=64))]
 
 
 def following(pipeline: MultimodalPipeline, records: list[Record], seed: int, name: str) -> Scores:

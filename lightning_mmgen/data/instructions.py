@@ -109,9 +109,11 @@ def fill(template: str, task: str, caption: str | None, references: Iterable[Ref
     return template.format(**values)
 
 
-def raw(caption: str | None, references: Iterable[Reference]) -> str:
-    """Pictures and caption, and no word of what is to be done with them."""
-    return " ".join([*(f"[ref#{r.marker}]" for r in references), caption or ""]).strip()
+def raw(record: Record) -> Record:
+    """The record as its raw input: pictures and caption, and no word of what they are or what is to be done with them."""
+    references = tuple(replace(r, phrase="") for r in record.references)
+    text = " ".join([*(f"[ref#{r.marker}]" for r in references), record.caption or ""]).strip()
+    return replace(record, instruction=text, references=references)
 
 
 def naming(references: list[Reference]) -> str:
@@ -164,8 +166,7 @@ class InstructionRecipe(Recipe):
         if (kind := task) in ("depth", "mask", "edge", "sketch"):
             references = (self.control(record, kind, root, rng), *(r for r in references if r.role != kind))
         if not self.instructions:
-            references = tuple(replace(r, phrase="") for r in references)
-            return replace(record, instruction=raw(record.caption, references), references=references)
+            return raw(replace(record, references=references))
         templates = self.templates[task]
         template = templates[int(rng.integers(len(templates)))]
         return replace(record, instruction=fill(template, task, record.caption, references), references=references)

@@ -99,10 +99,10 @@ class ReferenceAttentionConfig:
     pretrained: str | None = None
 
     def build(self, unet: UNet2DConditionModel) -> ReferenceAttention:
-        """Create or load the layers, and give the UNet its partial pass.
+        """Create or load the layers.
 
         Raises:
-            ValueError: saved layers that do not fit, or a size that the UNet cannot halve often enough.
+            ValueError: saved layers that do not fit.
         """
         config: Any = unet.config
         width, head_dim = config.block_out_channels[-1], config.attention_head_dim

@@ -171,11 +171,13 @@ def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], to
         scene = replace(scene, style="flat")
     refs: list[Reference] = []
     names, said = [p.toy.words() for p in scene.toys], []
+    shown: tuple[tuple[int, int], ...] = ()
     for what in shows:
         k = len(refs) + 1
         if what == "subject":
             refs += [Reference(k + i, _portrait(rng, p.toy), "toy") for i, p in enumerate(scene.toys)]
             names = [f"[ref#{k + i}] toy" for i in range(len(scene.toys))]
+            shown = tuple((i, k + i) for i in range(len(scene.toys)))
         elif what == "style":
             refs.append(Reference(k, picture(replace(random_scene(rng), style=scene.style)), "style", "style"))
             said.append(f"in [ref#{k}] style")
@@ -183,11 +185,8 @@ def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], to
             refs.append(Reference(k, control_image(scene, what), what, what))
             said.append(f"following the [ref#{k}] {what} image")
     asked = " ".join(["Generate an image", *said, "with the caption:"])
-    told = scene.caption(["toy"] * len(names) if "subject" in shows else names, sizes=False, style=False)
-    first = next((r.marker for r in refs if r.role == "subject"), 0)
-    shown = tuple((k, first + k) for k in range(len(scene.toys))) if first else ()
-    layout = any(what in CONTROLS or what == "mask" for what in shows)
-    truth = Truth(scene, shown, sizes=layout, style="style" in shows)
+    told = scene.caption(["toy"] * len(names) if shown else names, sizes=False, style=False)
+    truth = Truth(scene, shown, sizes=bool(set(shows) - {"subject", "style"}), style="style" in shows)
     return _record("composition", f"{asked} {scene.caption(names, sizes=False, style=False)}", scene, refs, truth, told)
 
 
