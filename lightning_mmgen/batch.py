@@ -22,6 +22,22 @@ class PackedImages(NamedTuple):
     slot: Tensor
 
 
+class Edit(NamedTuple):
+    """What an edit starts from and what it may change. A sample that is no edit has its target as source and a mask of ones.
+
+    Attributes:
+        source: [b, 3, h, w] in [-1, 1], of the target's size.
+        mask: [b, 1, h, w] in [0, 1], 1 where the edit may change the source.
+        turn: [b] int64, place in a multi-turn edit, from 0; -1 where the sample is no edit.
+        shown: [b], whether the UNet may see the source; not where the references were dropped.
+    """
+
+    source: Tensor
+    mask: Tensor
+    turn: Tensor
+    shown: Tensor
+
+
 class Batch(NamedTuple):
     """Samples of equal target size.
 
@@ -35,6 +51,7 @@ class Batch(NamedTuple):
         seed: [b] int64, from which all noise of a sample is drawn.
         bare: what is left of each instruction without its references; by default its words without the markers.
         phrases: for each text, the phrases of its references by slot; by default empty ones.
+        edit: sources and masks, where a sample is an edit.
     """
 
     instructions: list[str]
@@ -46,6 +63,7 @@ class Batch(NamedTuple):
     seed: Tensor
     bare: list[str] | None = None
     phrases: list[list[str]] | None = None
+    edit: Edit | None = None
 
     @property
     def size(self) -> int:
@@ -82,6 +100,7 @@ class Condition(NamedTuple):
         pooled: [b, p], SDXL's pooled vector, after the adapter.
         lengths: real tokens of each sample, padded on the right; None where that is left to the mask.
         context: the references as the UNet's own encoder sees them; None where they do not go through it.
+        source: [b, c, h, w], latents beside z_t for a UNet that takes them (InstructPix2Pix, section 3.2); None or zeros: no source.
     """
 
     tokens: Tensor
@@ -90,6 +109,7 @@ class Condition(NamedTuple):
     pooled: Tensor | None = None
     lengths: list[int] | None = None
     context: Context | None = None
+    source: Tensor | None = None
 
 
 def pack(pictures: list[list[Tensor]]) -> list[PackedImages]:

@@ -20,6 +20,7 @@ import lightning_mmgen.callbacks as callbacks
 from .checkpoint import AtomicCheckpointIO
 from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
+from .data.edits import EditDataModule
 from .data.instructions import InstructionDataModule
 from .data.retrieval import RetrievalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
@@ -32,6 +33,7 @@ SHORT_NAMES = (
     DatasetSource,
     ToyboxSource,
     CropDataModule,
+    EditDataModule,
     RetrievalDataModule,
     InstructionDataModule,
     MultimodalDataModule,

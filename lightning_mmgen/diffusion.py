@@ -121,19 +121,25 @@ class Diffusion:
 GuidanceRule = Literal["constant", "alternating"]
 
 
-def guidance_at(step: int, scale: float, rule: GuidanceRule) -> float:
-    """The guidance scale of a sampling step, counted from 0; 1 is none.
+def guided_at(step: int, rule: GuidanceRule) -> bool:
+    """Whether a sampling step, counted from 0, is guided: every one (``constant``), or the even ones (``alternating``; Instruct-Imagen,
+    appendix: scale 25 and none on consecutive steps)."""
+    return rule == "constant" or step % 2 == 0
+
+
+def guide(empty: Tensor, *given: Tensor, scale: float, image_scale: float | None = None) -> Tensor:
+    """Classifier-free guidance of predictions [b, c, h, w] without and with the condition (Ho & Salimans 2022).
 
     Args:
-        rule: ``constant``: ``scale`` in every step; ``alternating``: on even steps, and none on odd ones (Instruct-Imagen, appendix: 25
-            and none on consecutive steps).
+        given: with the whole condition; or with its pictures alone, then with all of it, each guided by a scale of its own:
+            e + s_I (e_I - e) + s_T (e_IT - e_I) (InstructPix2Pix, Brooks et al. 2023, equation 3).
+        scale, image_scale: s_T and s_I.
     """
-    return 1.0 if rule == "alternating" and step % 2 else scale
-
-
-def guide(empty: Tensor, full: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022) of predictions without and with the condition, [b, c, h, w]."""
-    return empty + scale * (full - empty)
+    *shown, full = given
+    if not shown:
+        return empty + scale * (full - empty)
+    assert image_scale is not None
+    return empty + image_scale * (shown[0] - empty) + scale * (full - shown[0])
 
 
 @dataclass
@@ -186,4 +192,5 @@ def drop_condition(batch: Batch, dropout: ConditionDropout, draws: Tensor) -> Ba
         rows = kept.to(group.sample.device)[group.sample]
         if rows.any():
             references.append(PackedImages(group.pixels[rows], group.sample[rows], group.slot[rows]))
-    return batch._replace(instructions=instructions, markers=markers, references=references, phrases=phrases)
+    edit = batch.edit and batch.edit._replace(shown=batch.edit.shown & kept.to(batch.edit.shown.device))
+    return batch._replace(instructions=instructions, markers=markers, references=references, phrases=phrases, edit=edit)

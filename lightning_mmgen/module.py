@@ -21,9 +21,9 @@ from .models.codec import CodecConfig
 from .models.encoder import Encoder
 from .models.parameters import ParameterTable, Row
 from .models.references import ReferenceAttentionConfig, give_partial_pass
-from .models.unet import UNetConfig, denoise, pooled_features
+from .models.unet import UNetConfig, denoise, pooled_features, takes_source
 from .optimizer import make_optimizer
-from .pipeline import MultimodalPipeline, Sampler
+from .pipeline import MultimodalPipeline, Sampler, without_words
 
 PARTS = ("encoder", "adapter", "unet", "reference_attention")
 
@@ -151,22 +151,30 @@ class MultimodalDiffusion(L.LightningModule):
     def predict(self, batch: Batch, draw: SampleNoise) -> DenoisingStep:
         """Encode the target, noise it, encode the prompts, and let the UNet predict."""
         z0 = self.codec.encode(batch.target, draw.posterior.to(batch.target.device))
+        source = None if batch.edit is None else self.codec.encode(batch.edit.source)
+        for term in self.terms():
+            z0 = term.clean(batch, z0, source)
         noise, timesteps = draw.noise.to(z0.device), draw.timesteps.to(z0.device)
         z_t = self.diffusion.add_noise(z0, noise, timesteps)
         condition = self.condition(batch)
+        if source is not None and batch.edit is not None:
+            condition = condition._replace(source=source * batch.edit.shown.view(-1, 1, 1, 1))
         height, width = batch.target.shape[-2:]
         prediction = self(z_t, timesteps, condition, (height, width))
         return DenoisingStep(
-            batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps)
+            batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps), source
         )
+
+    def terms(self) -> list[LossTerm]:
+        """The trainer's callbacks that add to the loss."""
+        return [c for c in self._trainer.callbacks if isinstance(c, LossTerm)] if self._trainer else []  # type: ignore[attr-defined]
 
     def loss(self, step: DenoisingStep) -> dict[str, Tensor]:
         """The named terms of the loss, weighted; a subclass adds or replaces its own here."""
         target = self.diffusion.target(step.z0, step.noise, step.timesteps)
         terms = {"diffusion": diffusion_loss(step.prediction, target, self.diffusion.weight(step.timesteps))}
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LossTerm):
-                terms |= {name: callback.weight * term for name, term in callback.compute(step).items()}
+        for callback in self.terms():
+            terms |= {name: callback.weight * term for name, term in callback.compute(step).items()}
         return terms
 
     def training_step(self, batch: Batch | None, batch_idx: int) -> Tensor | None:
@@ -197,10 +205,16 @@ class MultimodalDiffusion(L.LightningModule):
         """Pictures [b, 3, H, W] in [-1, 1]; each sample's noise comes from its own seed."""
         pipeline = MultimodalPipeline.of(self)
         pipeline.set_progress_bar_config(disable=True)
-        condition = pipeline.encode(batch.instructions, batch.markers, batch.references, batch.phrases)
+        source = None
+        if batch.edit is not None and takes_source(self.unet):
+            source = self.codec.encode(batch.edit.source) * batch.edit.shown.view(-1, 1, 1, 1)
+        condition = pipeline.encode(batch.instructions, batch.markers, batch.references, batch.phrases, source)
+        shown = None
+        if self.sampler.image_guidance_scale is not None:
+            shown = pipeline.encode(*without_words(batch.markers), batch.references, None, source)
         noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
         height, width = batch.target.shape[-2:]
-        return pipeline.draw(condition, height=height, width=width, generator=noise)
+        return pipeline.draw(condition, height=height, width=width, generator=noise, shown=shown)
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
 

@@ -16,16 +16,17 @@ from diffusers.utils import BaseOutput
 from PIL import Image as PILImage
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from .batch import Condition, Context, PackedImages, Span, pack
 from .conditioning import Conditioner
 from .data.images import pixels
-from .diffusion import GuidanceRule, guidance_at, guide
+from .diffusion import GuidanceRule, guide, guided_at
 from .models.adapter import Adapter
 from .models.codec import Codec
 from .models.encoder import Encoder
 from .models.references import ReferenceAttention, give_partial_pass
-from .models.unet import denoise
+from .models.unet import denoise, takes_source
 from .prompt import MultimodalPrompt
 
 if TYPE_CHECKING:
@@ -49,12 +50,14 @@ class Sampler:
         guidance_scale: classifier-free guidance; 1 is none.
         scheduler: ``ddim`` (eta 0), or ``ddpm``, which draws noise in each step.
         guidance: ``constant``, or ``alternating``: the scale on even steps, none on odd ones, which halves their work.
+        image_guidance_scale: of the pictures alone, beside the text's; None is one scale for the whole prompt, and a pass less.
     """
 
     steps: int = 50
     guidance_scale: float = 6.0
     scheduler: SchedulerName = "ddim"
     guidance: GuidanceRule = "constant"
+    image_guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("scheduler", get_args(SchedulerName)), ("guidance", get_args(GuidanceRule))):
@@ -186,18 +189,50 @@ class MultimodalPipeline(DiffusionPipeline):
         references = pack([[pixels(r.image, side) for r in p.references] for p in prompts])
         markers = [[r.marker for r in p.references] for p in prompts]
         phrases = [[r.phrase for r in p.references] for p in prompts]
-        condition = self.encode([p.instruction for p in prompts], markers, references, phrases)
-        pictures = self.draw(condition, num_inference_steps, guidance_scale, height, width, generator)
+        height, width = self._size(height, width)
+        source = self.source(prompts, height, width)
+        condition = self.encode([p.instruction for p in prompts], markers, references, phrases, source)
+        shown = None if self.sampler.image_guidance_scale is None else self.encode(*without_words(markers), references, None, source)
+        pictures = self.draw(condition, num_inference_steps, guidance_scale, height, width, generator, shown)
         return PipelineOutput(images=pictures if output_type == "pt" else to_pil(pictures))
 
     @torch.no_grad()
     def encode(
-        self, instructions: list[str], markers: list[list[int]], references: list[PackedImages], phrases: list[list[str]] | None = None
+        self,
+        instructions: list[str],
+        markers: list[list[int]],
+        references: list[PackedImages],
+        phrases: list[list[str]] | None = None,
+        source: Tensor | None = None,
     ) -> Condition:
-        """What the UNet attends to, for b prompts."""
+        """What the UNet attends to, for b prompts; ``source``: latents [b, c, h, w] that it takes beside z_t."""
         references = [PackedImages(*(t.to(self.device) for t in group)) for group in references]
         condition = Conditioner(self.encoder, self.adapter, self.unet, self.codec, self.reference_attention)
-        return condition(instructions, markers, references, phrases)
+        return condition(instructions, markers, references, phrases)._replace(source=source)
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        own = int(self.unet.config.sample_size) * self.codec.factor
+        height, width = height or own, width or own
+        multiple = self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
+        return height, width
+
+    def source(self, prompts: Sequence[MultimodalPrompt], height: int, width: int) -> Tensor | None:
+        """Latents [b, c, h, w] of the prompts' sources (zeros where there is none), for a UNet that takes them; else None."""
+        if not takes_source(self.unet):
+            return None
+        rows = []
+        for prompt in prompts:
+            picture = next((r.image for r in prompt.references if r.role == "source"), None)
+            if picture is None:
+                rows.append(torch.zeros(self.codec.channels, height // self.codec.factor, width // self.codec.factor, device=self.device))
+            else:
+                whole = pixels(picture)[None].to(self.device)
+                if whole.shape[-2:] != (height, width):
+                    whole = interpolate(whole, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
+                rows.append(self.codec.encode(whole)[0])
+        return torch.stack(rows)
 
     @torch.no_grad()
     def draw(
@@ -208,28 +243,31 @@ class MultimodalPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        shown: Condition | None = None,
     ) -> Tensor:
-        """Pictures [b, 3, H, W] in [-1, 1] for an encoded condition; arguments as in :meth:`__call__`."""
+        """Pictures [b, 3, H, W] in [-1, 1] for an encoded condition; arguments as in :meth:`__call__`.
+
+        Args:
+            shown: the condition of the pictures alone, for the sampler's ``image_guidance_scale``.
+        """
         steps = self.sampler.steps if num_inference_steps is None else num_inference_steps
         scale = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
-        own, count = int(self.unet.config.sample_size) * self.codec.factor, len(condition.tokens)
-        height, width = height or own, width or own
-        multiple = self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if height % multiple or width % multiple:
-            raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
-        both = condition if scale == 1 else join(self.encode([""], [[]], []), condition)
-        shape = (count, self.codec.channels, height // self.codec.factor, width // self.codec.factor)
+        height, width = self._size(height, width)
+        image_scale = self.sampler.image_guidance_scale
+        unguided = scale == 1 and (shown is None or image_scale == 1)
+        every = [condition] if unguided else [self.encode([""], [[]], []), *([] if shown is None else [shown]), condition]
+        joined = condition if unguided else join(*every)
+        shape = (len(condition.tokens), self.codec.channels, height // self.codec.factor, width // self.codec.factor)
         self.scheduler.set_timesteps(steps, device=self.device)
         latents = initial_noise(shape, generator).to(self.device) * self.scheduler.init_noise_sigma
         noise = self._step_noise(generator)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            now = guidance_at(i, scale, self.sampler.guidance)
-            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if now == 1 else 2)), t)
-            given = condition if now == 1 else both
+            alone = unguided or not guided_at(i, self.sampler.guidance)
+            given = condition if alone else joined
+            z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if alone else len(every))), t)
             prediction = denoise(self.unet, z_t, t.expand(len(z_t)), given, (height, width), self.reference_attention).float()
-            if now != 1:
-                empty, full = prediction.chunk(2)
-                prediction = guide(empty, full, now)
+            if not alone:
+                prediction = guide(*prediction.chunk(len(every)), scale=scale, image_scale=image_scale)
             latents = self.scheduler.step(prediction, t, latents, **noise).prev_sample
         return self.codec.decode(latents)
 
@@ -249,17 +287,34 @@ def initial_noise(shape: tuple[int, ...], generator: torch.Generator | list[torc
     return torch.randn(shape, generator=generator)
 
 
-def join(empty: Condition, full: Condition) -> Condition:
-    """The empty condition (of one prompt) repeated and put before b full ones: [2b, n, d]."""
-    b, n, d = full.tokens.shape
-    tokens, mask = full.tokens.new_zeros(b, n, d), full.mask.new_zeros(b, n)
-    tokens[:, : empty.tokens.shape[1]], mask[:, : empty.mask.shape[1]] = empty.tokens, empty.mask
-    pooled = None if full.pooled is None or empty.pooled is None else torch.cat([empty.pooled.expand(b, -1), full.pooled])
-    context = full.context
-    if context is not None:  # the empty condition has none
-        context = Context(*(torch.cat([torch.zeros_like(part), part]) for part in context))
-    spans: list[list[Span]] = [*([] for _ in range(b)), *full.spans]
-    return Condition(torch.cat([tokens, full.tokens]), torch.cat([mask, full.mask]), spans, pooled, context=context)
+def without_words(markers: list[list[int]]) -> tuple[list[str], list[list[int]]]:
+    """Prompts of the pictures alone, as condition dropout leaves them when it drops the text."""
+    return ["".join(f"[ref#{k}]" for k in marks) for marks in markers], markers
+
+
+def join(*conditions: Condition) -> Condition:
+    """Conditions one after the other, padded to the longest: k of them, [k * b, n, d]. One of a single prompt stands for all b."""
+    full = conditions[-1]
+    b, n = len(full.tokens), max(c.tokens.shape[1] for c in conditions)
+    tokens, mask = full.tokens.new_zeros(len(conditions) * b, n, full.tokens.shape[2]), full.mask.new_zeros(len(conditions) * b, n)
+    for i, c in enumerate(conditions):
+        rows = slice(i * b, (i + 1) * b)
+        tokens[rows, : c.tokens.shape[1]], mask[rows, : c.mask.shape[1]] = c.tokens, c.mask
+    pooled = None if full.pooled is None else torch.cat([c.pooled.expand(b, -1) for c in conditions if c.pooled is not None])
+    source = None
+    if full.source is not None:
+        source = torch.cat([torch.zeros_like(full.source) if c.source is None else c.source for c in conditions])
+    spans: list[list[Span]] = [s for c in conditions for s in (c.spans if len(c.spans) == b else [[]] * b)]
+    return Condition(tokens, mask, spans, pooled, context=_join_contexts([c.context for c in conditions]), source=source)
+
+
+def _join_contexts(contexts: list[Context | None]) -> Context | None:
+    """The empty condition has no context, and gets one without a token."""
+    full = contexts[-1]
+    if full is None:
+        return None
+    given = [c if c is not None and c.tokens.shape == full.tokens.shape else Context(*map(torch.zeros_like, full)) for c in contexts]
+    return Context(torch.cat([c.tokens for c in given]), torch.cat([c.mask for c in given]))
 
 
 def to_pil(pictures: Tensor) -> list[Image]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_mmgen.models.adapter import Adapter, AdapterConfig
 from lightning_mmgen.models.codec import CodecConfig
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.parameters import Row
-from lightning_mmgen.models.unet import UNetConfig, denoise
+from lightning_mmgen.models.unet import UNetConfig, denoise, grow_input
 from lightning_mmgen.module import MultimodalDiffusion
 from lightning_mmgen.pipeline import MultimodalPipeline, Sampler, SchedulerName, initial_noise, join, to_pil
 from lightning_mmgen.prompt import MultimodalPrompt, Reference
@@ -90,6 +91,44 @@ def plain(
             noise = now**0.5 * v + (1 - now) ** 0.5 * z
             z = next_**0.5 * z0 + (1 - next_) ** 0.5 * noise
     return z
+
+
+def words_gone(prompt: MultimodalPrompt) -> MultimodalPrompt:
+    return replace(prompt, instruction="".join(f"[ref#{r.marker}]" for r in prompt.references))
+
+
+@pytest.mark.parametrize("source_latents", [False, True])
+def test_pictures_and_text_have_scales_of_their_own(pipeline: MultimodalPipeline, source_latents: bool) -> None:
+    """InstructPix2Pix, equation 3, with a UNet call of its own for each of its three predictions."""
+    prompts = [replace(PROMPTS[1], references=(replace(PROMPTS[1].references[0], role="source"), PROMPTS[1].references[1])), PROMPTS[2]]
+    if source_latents:
+        grow_input(pipeline.unet)
+        with torch.no_grad():
+            pipeline.unet.conv_in.weight.normal_(std=0.2)
+    pipeline.sampler = Sampler(4, 4.0, image_guidance_scale=1.7)
+    latents = drawn_latents(pipeline, prompts, height=8, width=12, generator=seeds(1, 2))
+    whole = torch.nn.functional.interpolate(pixels(prompts[0].references[0].image)[None], (8, 12), mode="bicubic", antialias=True)
+    sources = [pipeline.codec.encode(whole.clamp(-1, 1)), torch.zeros(1, 4, 4, 6)]
+
+    def velocity(z: Tensor, t: int, p: MultimodalPrompt, source: Tensor) -> Tensor:
+        images = [pixels(r.image, pipeline.encoder.reference_size) for r in p.references]
+        c = pipeline.adapter(pipeline.encoder([p.instruction], [[r.marker for r in p.references]], pack([images])))
+        added = {"text_embeds": c.pooled, "time_ids": torch.tensor([[8, 12, 0, 0, 8, 12]], dtype=torch.float32)}
+        z = torch.cat([z, source], 1) if source_latents else z
+        return pipeline.unet(z, torch.tensor(t), c.tokens, added_cond_kwargs=added).sample
+
+    abar = DIFFUSION.alphas_cumprod.double()
+    for i, (prompt, source) in enumerate(zip(prompts, sources, strict=True)):
+        z = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(i + 1))
+        with torch.no_grad():
+            for t, then in ((999, 749), (749, 499), (499, 249), (249, -1)):
+                empty = velocity(z, t, MultimodalPrompt(""), torch.zeros_like(source))
+                shown, full = velocity(z, t, words_gone(prompt), source), velocity(z, t, prompt, source)
+                v = empty + 1.7 * (shown - empty) + 4.0 * (full - shown)
+                now, next_ = abar[t].item(), abar[then].item() if then >= 0 else 1.0
+                z0, noise = now**0.5 * z - (1 - now) ** 0.5 * v, now**0.5 * v + (1 - now) ** 0.5 * z
+                z = next_**0.5 * z0 + (1 - next_) ** 0.5 * noise
+        torch.testing.assert_close(latents[i : i + 1], z, rtol=0, atol=2e-4)
 
 
 @pytest.mark.parametrize("guidance", [6.0, 1.0, 0.0])

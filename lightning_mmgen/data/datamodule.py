@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..batch import Batch, pack
+from ..batch import Batch, Edit, pack
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
 from .images import open_picture, pixels
@@ -23,12 +23,15 @@ from .sources import RowError, Source, ToyboxSource, open_source
 
 
 class Sample(NamedTuple):
-    """One record, ready: pictures are [3, h, w] in [-1, 1]; ``seed`` is what its noise is drawn from."""
+    """One record, ready: pictures are [3, h, w] in [-1, 1]; ``seed`` is what its noise is drawn from; ``source`` [3, h, w] and ``mask``
+    [1, h, w] in [0, 1], of the target's size, where it is an edit."""
 
     record: Record
     references: list[Tensor]
     target: Tensor
     seed: int
+    source: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class BadRow(NamedTuple):
@@ -77,7 +80,12 @@ class Recipe:
             self.tokenise(record.prompt().instruction, [r.marker for r in record.references], [self.tokens] * len(record.references))
         references = [pixels(r.image, self.reference_size, root) for r in record.references]
         assert record.target is not None
-        return Sample(record, references, crop_square(pixels(record.target, None, root), self.target_size), seed)
+        target = pixels(record.target, None, root)
+        return self.finish(Sample(record, references, crop_square(target, self.target_size), seed), target, root)
+
+    def finish(self, sample: Sample, target: Tensor, root: Path | None) -> Sample:
+        """What a recipe adds to a sample; ``target`` [3, h, w] is the whole picture."""
+        return sample
 
 
 def crop_square(picture: Tensor, side: int) -> Tensor:
@@ -168,8 +176,21 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
         torch.tensor([s.seed for s in good], dtype=torch.int64),
         [prompt.bare() for prompt in prompts],
         [[r.phrase for r in s.record.references] for s in good],
+        _edits(good),
     )
     return batch, bad
+
+
+def _edits(samples: list[Sample]) -> Edit | None:
+    """Sources and masks of a batch; None where no sample is an edit."""
+    if all(s.source is None for s in samples):
+        return None
+    return Edit(
+        torch.stack([s.target if s.source is None else s.source for s in samples]),
+        torch.stack([torch.ones_like(s.target[:1]) if s.mask is None else s.mask for s in samples]),
+        torch.tensor([-1 if s.source is None else s.record.turn or 0 for s in samples]),
+        torch.tensor([s.source is not None for s in samples]),
+    )
 
 
 class MultimodalDataModule(L.LightningDataModule):

@@ -12,7 +12,7 @@ from ..batch import Batch, Condition
 
 
 class DenoisingStep(NamedTuple):
-    """What one training step knows. Latents are [b, c, h, w], timesteps [b]."""
+    """What one training step knows. Latents are [b, c, h, w], timesteps [b]; ``source``: of what edits start from, if there are any."""
 
     batch: Batch
     condition: Condition
@@ -22,6 +22,7 @@ class DenoisingStep(NamedTuple):
     noise: Tensor
     prediction: Tensor
     z0_hat: Tensor
+    source: Tensor | None = None
 
 
 class LossTerm(Callback, ABC):
@@ -35,6 +36,10 @@ class LossTerm(Callback, ABC):
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
+
+    def clean(self, batch: Batch, z0: Tensor, source: Tensor | None) -> Tensor:
+        """The latents that the step noises and the UNet is to find, in place of ``z0``; a term that changes them says so here."""
+        return z0
 
     @abstractmethod
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:

@@ -26,12 +26,15 @@ class UNetConfig:
         subfolder: where the UNet lies in it; none for a folder of its own.
         dtype: weights' dtype.
         from_scratch: new weights of the same configuration.
+        source_latents: the UNet takes an edit's source beside z_t: its first convolution gets as many channels more, with zeros for
+            weights, so that it begins as it was (InstructPix2Pix, Brooks et al. 2023, section 3.2). Nothing changes in one that has them.
     """
 
     pretrained: str = "stabilityai/stable-diffusion-xl-base-1.0"
     subfolder: str | None = "unet"
     dtype: str = "float32"
     from_scratch: bool = False
+    source_latents: bool = False
 
     def read(self) -> dict[str, Any]:
         """The UNet's own configuration, without its weights."""
@@ -39,11 +42,35 @@ class UNetConfig:
 
     def build(self, weights: bool = True) -> UNet2DConditionModel:
         """Load the UNet, or (``weights=False``) create it from its configuration on the default device."""
+        kind = getattr(torch, self.dtype)
         if weights and not self.from_scratch:
-            kind = getattr(torch, self.dtype)
-            return UNet2DConditionModel.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=kind)
-        unet = UNet2DConditionModel.from_config(self.read())
-        return unet if self.dtype == "float32" else unet.to(getattr(torch, self.dtype))
+            unet = UNet2DConditionModel.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=kind)
+        else:
+            unet = UNet2DConditionModel.from_config(self.read()).to(kind)
+        if self.source_latents:
+            grow_input(unet)
+        return unet
+
+
+def takes_source(unet: UNet2DConditionModel) -> bool:
+    """Whether the UNet reads an edit's source beside z_t."""
+    config: Any = unet.config
+    return bool(config.in_channels == 2 * config.out_channels)
+
+
+@torch.no_grad()
+def grow_input(unet: UNet2DConditionModel) -> None:
+    """Give the UNet's first convolution channels for source latents, with weights of zero."""
+    if takes_source(unet):
+        return
+    old = unet.conv_in
+    new = old.__class__(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding)  # type: ignore[arg-type]
+    new = new.to(device=old.weight.device, dtype=old.weight.dtype)
+    new.weight.zero_()
+    new.weight[:, : old.in_channels].copy_(old.weight)
+    new.bias = old.bias
+    unet.conv_in = new
+    unet.register_to_config(in_channels=new.in_channels)
 
 
 def pooled_features(unet: UNet2DConditionModel) -> int:
@@ -79,6 +106,9 @@ def denoise(
         The prediction [b, c, h, w].
     """
     z_t = z_t.to(unet.dtype)
+    if takes_source(unet):
+        source = torch.zeros_like(z_t) if condition.source is None else condition.source.to(z_t.dtype)
+        z_t = torch.cat([z_t, source], dim=1)
     reads = reference_attention is not None and condition.context is not None
     with reference_attention.reading(unet, condition.context) if reads else nullcontext():  # type: ignore[union-attr, arg-type]
         return unet(
@@ -103,6 +133,8 @@ def down_features(unet: UNet2DConditionModel, z_0: Tensor, condition: Condition,
         Features [n, h' * w', width] of the lowest level.
     """
     x, tokens = z_0.to(unet.dtype), condition.tokens.to(unet.dtype)
+    if takes_source(unet):
+        x = torch.cat([x, torch.zeros_like(x)], dim=1)
     added = _added(x, condition, side)
     emb = unet.time_embedding(unet.get_time_embed(x, torch.zeros(len(x), dtype=torch.long, device=x.device)))
     if added is not None:

@@ -8,7 +8,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 from lightning_mmgen.batch import Condition
 from lightning_mmgen.models.codec import Codec, CodecConfig
-from lightning_mmgen.models.unet import UNetConfig, denoise, pooled_features
+from lightning_mmgen.models.unet import UNetConfig, denoise, grow_input, pooled_features, takes_source
 
 # -- codec ---------------------------------------------------------------------------------------------------------------------
 
@@ -134,3 +134,28 @@ def test_denoise_casts_to_the_dtype_of_the_unet(unet: UNet2DConditionModel) -> N
         exact = denoise(unet, z_t, t, given, (16, 16))
         rough = denoise(unet.to(torch.bfloat16), z_t, t, given, (16, 16))
     assert (rough.float() - exact).abs().max() < 0.1
+
+
+# -- source latents --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_unet_that_takes_sources_begins_as_it_was_and_saves_as_diffusers_knows_it(unet: UNet2DConditionModel, tmp_path: Path) -> None:
+    unet.save_pretrained(tmp_path)
+    grown = UNetConfig(str(tmp_path), None, source_latents=True).build()
+    z, condition = (
+        torch.randn(2, 4, 8, 8),
+        Condition(torch.randn(2, 3, 16), torch.ones(2, 3, dtype=torch.bool), [[], []], torch.randn(2, 12)),
+    )
+    shown = condition._replace(source=torch.randn(2, 4, 8, 8))
+    with torch.no_grad():
+        before = denoise(unet.eval(), z, torch.tensor([10, 900]), condition, (16, 16))
+        for given in (condition, shown):
+            torch.testing.assert_close(denoise(grown.eval(), z, torch.tensor([10, 900]), given, (16, 16)), before, rtol=0, atol=1e-6)
+        grown.conv_in.weight[:, 4:].normal_()
+        assert not torch.allclose(denoise(grown, z, torch.tensor([10, 900]), shown, (16, 16)), before, atol=1e-3)
+        torch.testing.assert_close(denoise(grown, z, torch.tensor([10, 900]), condition, (16, 16)), before, rtol=0, atol=1e-6)
+    grown.save_pretrained(tmp_path / "grown")
+    again = UNetConfig(str(tmp_path / "grown"), None, source_latents=True).build()  # one that has the channels stays as it is
+    assert takes_source(again) and not takes_source(unet) and torch.equal(again.conv_in.weight, grown.conv_in.weight)
+    grow_input(again)
+    assert again.config.in_channels == 8
