@@ -19,22 +19,27 @@ from ..toybox.tasks import Truth
 from ..toybox.world import Placed, Scene
 
 
+SCORES = ("following", "strict", "consistency", "success")
+
+
 class ToyboxFollowing(Metric):
     """Scores generated toybox pictures.
 
     ``compute`` gives ``following`` (share of an instruction's conditions that hold, averaged over instructions), ``strict`` (share of
-    instructions with all of them), ``consistency`` (of every toy that a reference shows), each with the half-width of its 95 %
-    confidence interval (bootstrap over pictures) under ``<name>_ci``.
+    instructions with all of them), ``consistency`` (of every toy that a reference shows), ``success`` (share of edits whose change came
+    about; a copy of the source has none), each with the half-width of its 95 % confidence interval (bootstrap over pictures) under
+    ``<name>_ci``.
     """
 
     full_state_update = False
     following: list[Tensor]
     strict: list[Tensor]
     consistency: list[Tensor]
+    success: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("following", "strict", "consistency"):
+        for name in SCORES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, pictures: Tensor, truths: Sequence[Truth]) -> None:
@@ -44,11 +49,12 @@ class ToyboxFollowing(Metric):
         self.following.append(torch.tensor([s.following for s in scores]))
         self.strict.append(torch.tensor([float(s.strict) for s in scores]))
         self.consistency.append(torch.tensor([float(np.mean(s.consistency)) for s in scores if s.consistency]))
+        self.success.append(torch.tensor([float(s.success) for s in scores if s.success is not None]))
 
     def compute(self) -> dict[str, Tensor]:
-        """The three scores and their intervals; a score without a picture is left out."""
+        """The scores and their intervals; a score without a picture is left out."""
         out = {}
-        for name in ("following", "strict", "consistency"):
+        for name in SCORES:
             values = dim_zero_cat(getattr(self, name))
             if len(values):
                 out[name], out[f"{name}_ci"] = values.mean(), interval(values)

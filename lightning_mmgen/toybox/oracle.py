@@ -170,10 +170,12 @@ def _search(texture: str, tone: Array, u: Array, v: Array, pitches: Array, phase
 
 @dataclass(frozen=True)
 class Score:
-    """Conditions of an instruction and whether each holds; and, for each toy that a reference shows, its consistency."""
+    """Conditions of an instruction and whether each holds; for each toy that a reference shows, its consistency; and, for an edit, whether
+    what it asks for came about."""
 
     conditions: dict[str, bool]
     consistency: tuple[float, ...]
+    success: bool | None = None
 
     @property
     def following(self) -> float:
@@ -210,7 +212,8 @@ def judge(reading: Reading, truth: Truth) -> Score:
             conditions[f"size {k + 1}"] = seen is not None and seen.size == placed.size
     counted = len(reading.toys) == len(scene.toys)
     conditions["place" if truth.place else "count"] = counted and (not truth.place or _placed(matched, scene.place))
-    return Score(conditions, tuple(consistency(scene.toys[k].toy, matched[k]) for k, _ in truth.shown))
+    shown = tuple(consistency(scene.toys[k].toy, matched[k]) for k, _ in truth.shown)
+    return Score(conditions, shown, conditions[truth.edited] if truth.edited else None)
 
 
 def consistency(toy: Toy, seen: Seen | None) -> float:

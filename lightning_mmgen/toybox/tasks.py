@@ -30,6 +30,7 @@ class Truth:
         scene: the target scene.
         shown: for toys that a reference or source shows, index of the toy -> marker.
         sizes, style, place: whether the instruction states the toys' sizes, the picture's style, and where the toys are.
+        edited: the condition that an edit is to bring about (``"colour 1"``, say), by the oracle's name.
     """
 
     scene: Scene
@@ -37,6 +38,7 @@ class Truth:
     sizes: bool = False
     style: bool = False
     place: bool = True
+    edited: str | None = None
 
 
 def picture(scene: Scene, side: int = SIDE) -> Image:
@@ -190,17 +192,18 @@ def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], to
     return _record("composition", f"{asked} {scene.caption(names, sizes=False, style=False)}", scene, refs, truth, told)
 
 
-def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | None]:
-    """One edit of a scene: its instruction, the scene after it, and the toy that it touches (None: all of the picture)."""
+def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | None, str]:
+    """One edit of a scene: its instruction, the scene after it, the toy that it touches (None: all of the picture), and the condition that
+    it brings about."""
     k = int(rng.integers(len(scene.toys)))
     placed, toy = scene.toys[k], scene.toys[k].toy
     kind = str(rng.choice(["colour", "texture", "shape", "background", "style"]))
     if kind == "background":
         new = str(rng.choice([b for b in BACKGROUNDS if b != scene.background and b not in {p.toy.colour for p in scene.toys}]))
-        return f"change the background to {new}", replace(scene, background=new), None
+        return f"change the background to {new}", replace(scene, background=new), None, kind
     if kind == "style":
         new = str(rng.choice([s for s in STYLES if s != scene.style]))
-        return f"make it {new} style", replace(scene, style=new), None
+        return f"make it {new} style", replace(scene, style=new), None, kind
     taken = {p.toy.colour for p in scene.toys} | {scene.background}
     pool = {
         "colour": [c for c in COLOURS if c not in taken],
@@ -211,7 +214,7 @@ def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | No
     edited = replace(placed, toy=replace(toy, **{kind: new}))  # type: ignore[arg-type]
     toys = tuple(edited if i == k else p for i, p in enumerate(scene.toys))
     text = f"turn the {toy.words()} into a {new}" if kind == "shape" else f"make the {toy.words()} {new}"
-    return text, replace(scene, toys=toys), k
+    return text, replace(scene, toys=toys), k, f"{kind} {k + 1}"
 
 
 def edit(rng: np.random.Generator, held: bool) -> Record:
@@ -219,13 +222,18 @@ def edit(rng: np.random.Generator, held: bool) -> Record:
     return edit_session(rng, held, 1)[0]
 
 
+def edit_turn(rng: np.random.Generator, held: bool, turns: int = 5) -> Record:
+    """Any one turn of a multi-turn edit."""
+    return edit_session(rng, held, turns)[int(rng.integers(turns))]
+
+
 def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Record]:
     """A multi-turn edit: the target of turn k is the source of turn k + 1."""
     scene, name, out = random_scene(rng, held=held), f"s{rng.integers(1 << 40):010x}", []
     for turn in range(turns):
-        text, after, k = change(rng, scene)
+        text, after, k, what = change(rng, scene)
         while not held and held_out(tuple(p.toy for p in after.toys)):  # training never sees a held-out combination
-            text, after, k = change(rng, scene)
+            text, after, k, what = change(rng, scene)
         cover = np.ones((SIDE, SIDE)) if k is None else np.maximum(draw(scene)[1][k], draw(after)[1][k])
         shown = tuple((i, 1) for i in range(len(scene.toys)))
         refs = [Reference(1, picture(scene), "picture", "source")]
@@ -235,7 +243,7 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
                 f"In the [ref#1] picture, {text}",
                 after,
                 refs,
-                Truth(after, shown),
+                Truth(after, shown, sizes=True, style=True, edited=what),
                 source_caption=scene.caption(),
                 mask=_mask(cover),
                 session=name,
@@ -353,5 +361,5 @@ COMPOSITIONS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
 """What Instruct-Imagen is tried on without training (its section 5 and Figure 1); training shows ``one subject`` at most."""
 
 ALL_TASKS = TASKS | COMPOSITIONS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
-ALL_TASKS |= {"one subject": partial(subject, toys=1)}
-"""And ``control`` with one kind of picture alone, ``subject`` with one toy, and the compositions."""
+ALL_TASKS |= {"one subject": partial(subject, toys=1), "edit turn": edit_turn}
+"""And ``control`` with one kind of picture alone, ``subject`` with one toy, ``edit`` at any turn, and the compositions."""
