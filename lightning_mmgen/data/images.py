@@ -42,10 +42,10 @@ def locate_file(path: str, root: Path) -> Path:
     return full
 
 
-def open_picture(picture: Picture, root: Path | None = None) -> Image:
-    """Any picture (path, bytes, in memory; CMYK, palette, 16 bit, alpha, rotated by EXIF) as upright RGB.
+def open_picture(picture: Picture, root: Path | None = None, alpha: bool = False) -> Image:
+    """Any picture (path, bytes, in memory; CMYK, palette, 16 bit, alpha, rotated by EXIF) as upright RGB, or RGBA with ``alpha``.
 
-    Transparent parts become white. 16-bit and floating-point greys are scaled to 8 bit by their own range.
+    In RGB transparent parts become white, and 16-bit and floating-point greys are scaled to 8 bit by their own range.
 
     Raises:
         RecordError: missing, unreadable, truncated, of another format, or more than ``MAX_PIXELS`` pixels.
@@ -57,9 +57,9 @@ def open_picture(picture: Picture, root: Path | None = None) -> Image:
         with warnings.catch_warnings():
             warnings.simplefilter("error", PILImage.DecompressionBombWarning)
             if isinstance(picture, Image):
-                return _upright(picture)
+                return _upright(picture, alpha)
             with PILImage.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image:
-                return _upright(image)
+                return _upright(image, alpha)
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
         raise RecordError(f"{name}: over {MAX_PIXELS} pixels") from error
     except UnidentifiedImageError as error:
@@ -68,10 +68,11 @@ def open_picture(picture: Picture, root: Path | None = None) -> Image:
         raise RecordError(f"{name}: cannot be read as a picture ({type(error).__name__}: {str(error)[:80]})") from error
 
 
-def _upright(image: Image) -> Image:
+def _upright(image: Image, alpha: bool) -> Image:
     if image.width * image.height > MAX_PIXELS:
         raise PILImage.DecompressionBombError
-    return _rgb(ImageOps.exif_transpose(image))
+    image = ImageOps.exif_transpose(image)
+    return image.convert("RGBA") if alpha else _rgb(image)
 
 
 def _rgb(image: Image) -> Image:

@@ -82,6 +82,17 @@ def test_exif_orientation_is_undone_for_files_and_pictures_in_memory(orientation
         assert np.array_equal(np.array(open_picture(picture))[..., 0], expected)
 
 
+def test_transparency_of_every_mode_is_kept_where_it_is_asked_for() -> None:
+    clear = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
+    grey = PILImage.fromarray(np.stack([np.full((4, 4), 90, np.uint8), clear], -1))  # LA
+    palette = PILImage.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("P")
+    palette.save(file := io.BytesIO(), "PNG", transparency=bytes(clear.ravel()))
+    for picture in (grey, file.getvalue()):
+        image = open_picture(picture, alpha=True)
+        assert image.mode == "RGBA" and np.array_equal(np.asarray(image)[..., 3], clear)
+    assert np.asarray(open_picture(PILImage.new("RGB", (2, 2)), alpha=True))[..., 3].min() == 255
+
+
 def test_a_picture_in_memory_is_not_changed() -> None:
     image = PILImage.new("RGBA", (3, 2), (*RED, 0))
     assert open_picture(image).getpixel((0, 0)) == WHITE
