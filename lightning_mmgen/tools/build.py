@@ -22,6 +22,10 @@ def build(args: argparse.Namespace) -> str:
     Raises:
         ValueError: an argument out of its range, or what the builder raises.
     """
+    if args.action == "edits":
+        from ..build.edits import Edits, build_edits
+
+        return build_edits(_settings(Edits, args), args.out, Shard.parse(args.shard))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.action == "crops":
         from ..build import crops

@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     _photos(build.add_parser("photos", help="a folder of pictures, filtered, cropped around people and captioned"))
     _masks(build.add_parser("masks", help="a segmentation of every box of records"))
     _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
+    _edits(build.add_parser("edits", help="published edits: a source, an instruction, a target"))
     return top
 
 
@@ -156,9 +157,35 @@ def _clusters(command: argparse.ArgumentParser) -> None:
     _common(command)
 
 
-def _common(command: argparse.ArgumentParser) -> None:
+def _edits(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", required=True, metavar="NAME|FOLDER|FILE", help="of the hub or on disk; hub names are streamed")
+    command.add_argument("--format", choices=["instructpix2pix", "magicbrush", "omnigen", "step1x"], help="guessed by default")
+    command.add_argument("--split", default="train", help="of a data set that has several")
+    command.add_argument(
+        "--images", default="", metavar="DIR", help="where pictures that are given by a path lie; beside the data by default"
+    )
+    command.add_argument("--max-aspect", type=float, default=1.02, help="largest ratio of the aspects of source and target")
+    for name, what in (
+        ("source", "the picture before the edit; omnigen: a list of pictures"),
+        ("target", "the picture after it"),
+        ("instruction", "the words"),
+        ("mask", "the source with the region to edit cut out"),
+        ("session", "which edits follow each other"),
+        ("turn", "their place in the session, from 1"),
+        ("caption", "the target in words"),
+        ("source-caption", "the source in words"),
+    ):
+        command.add_argument(f"--{name}-column", metavar="NAME", help=f"{what}; the format's own by default, '' for none")
+    _output(command)
+
+
+def _output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="DIR", help="of records.jsonl and pictures; a build goes on from what is there")
     command.add_argument("--shard", default="0/1", metavar="I/N", help="build this part only; the last to finish joins all")
+
+
+def _common(command: argparse.ArgumentParser) -> None:
+    _output(command)
     command.add_argument("--device", help="cuda where there is one by default")
 
 
