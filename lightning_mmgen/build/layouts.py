@@ -221,10 +221,12 @@ def open_layout(data: str, form: str | None, names: Mapping[str, str | None], sp
     form = form or _guess(place)
     root = Path(images) if images else place if place.is_dir() else place.parent if place.is_file() else None
     given = {part: name for part, name in names.items() if name is not None}
+    if other := sorted(set(given) - set({"omnigen": Columns._fields[:3], "step1x": ()}.get(str(form), Columns._fields))):
+        raise ValueError(f"--{other[0].replace('_', '-')}-column: the format {form} has none")
     if form == "omnigen":
         return OmniGen(Lines(place), PUBLISHED[form]._replace(**given), root or place.parent)
     if form == "step1x":
-        return Table(_step1x(place), PUBLISHED[form], root, _digest(place))
+        return Table(_step1x(place, root or place.parent), PUBLISHED[form], root, _digest(place))
     rows = _open(data, split, streaming=True)
     have = rows.column_names or list(next(iter(rows), {}))
     columns = _columns(data, form, have)._replace(**given)
@@ -275,14 +277,14 @@ def _open(data: str, split: str, streaming: bool) -> Any:
     return datasets.load_dataset(data, split=split, streaming=streaming)
 
 
-def _step1x(place: Path) -> Any:
+def _step1x(place: Path, folder: Path) -> Any:
     """The examples of Step1X-Edit as rows; a picture that is not there is None."""
     import datasets
 
     files = [place] if place.is_file() else sorted(place.glob("prompt*.json"))
     if len(files) != 1:
         raise ValueError(f"{place}: holds {len(files)} files prompt*.json, not one")
-    prompts, folder = read_json(files[0]), files[0].parent
+    prompts = read_json(files[0])
     if not isinstance(prompts, dict) or not prompts or not all(isinstance(text, str) for text in prompts.values()):
         raise ValueError(f"{files[0]}: is not an object of instructions by picture")
     pictures = {path.stem: path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in ENDINGS}

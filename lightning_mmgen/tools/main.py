@@ -158,7 +158,9 @@ def _clusters(command: argparse.ArgumentParser) -> None:
 
 
 def _edits(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, metavar="NAME|FOLDER|FILE", help="of the hub or on disk; hub names are streamed")
+    command.add_argument(
+        "--data", required=True, metavar="NAME|FOLDER|FILE", help="of the hub or on disk; streamed where it has no sessions"
+    )
     command.add_argument("--format", choices=["instructpix2pix", "magicbrush", "omnigen", "step1x"], help="guessed by default")
     command.add_argument("--split", default="train", help="of a data set that has several")
     command.add_argument(

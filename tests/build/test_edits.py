@@ -250,6 +250,12 @@ def test_placeholders_of_omnigen_become_markers(tmp_path: Path) -> None:
     assert np.array_equal(np.array(open_picture(wear.target or "", out)), np.array(noise(2)))
 
 
+def test_keys_of_omnigen_may_have_other_names(tmp_path: Path) -> None:
+    row = {"instruction": "<img><|image_1|></img> red", "input_images": ["images/0.png"], "output_images": "images/1.png"}
+    (record,) = build(omnigen(tmp_path / "in", [row]), tmp_path / "out", "--target-column", "output_images")
+    assert (tmp_path / "out" / str(record.target)).read_bytes() == (tmp_path / "in" / "images" / "1.png").read_bytes()
+
+
 def test_rows_of_omnigen_whose_placeholders_and_pictures_disagree_are_dropped(tmp_path: Path) -> None:
     one = "<img><|image_1|></img>"
     bad: list[Row | str] = [
@@ -287,6 +293,8 @@ def test_examples_of_step1x_are_a_file_of_instructions_beside_its_pictures(tmp_p
     assert (tmp_path / "out" / str(record.target)).read_bytes() == (folder / "0000_target.jpg").read_bytes()
     assert counts(tmp_path / "out") == {"rows": 3, "kept": 1, "target unreadable": 1, "instruction without source": 1}
     assert build(folder / "prompt_en.json", tmp_path / "again") == [record]
+    shutil.copy(folder / "prompt_en.json", tmp_path / "alone.json")
+    assert build(tmp_path / "alone.json", tmp_path / "elsewhere", "--images", str(folder)) == [record]
 
 
 def test_columns_may_have_other_names_or_none(tmp_path: Path) -> None:
@@ -364,6 +372,8 @@ def test_what_a_user_can_mend_is_one_line(tmp_path: Path, capsys: pytest.Capture
         ([str(tmp_path / "bad.parquet")], "Parquet"),
         ([str(tmp_path / "none.jsonl")], "none.jsonl: holds no rows"),
         ([data, "--format", "step1x"], "holds 0 files prompt*.json, not one"),
+        ([str(tmp_path / "bad.json"), "--source-column", "x"], "--source-column: the format step1x has none"),
+        ([str(tmp_path / "none.jsonl"), "--mask-column", "x"], "--mask-column: the format omnigen has none"),
         ([data, "--shard", "2/2"], "i counts from 0"),
     ):
         assert main(["build", "edits", "--out", str(tmp_path / "new"), "--data", *arguments]) == 1
