@@ -259,5 +259,15 @@ def clip_normalised(pixels: Tensor) -> Tensor:
     """Pixels in [-1, 1] with the mean and the standard deviation that CLIP's pictures have, [..., 3, H, W]."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-    mean, std = pixels.new_tensor(OPENAI_CLIP_MEAN), pixels.new_tensor(OPENAI_CLIP_STD)
-    return ((pixels + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+    return _normalised(pixels, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+
+
+def imagenet_normalised(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] with the mean and the standard deviation of ImageNet's, as DINO wants them, [..., 3, H, W]."""
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    return _normalised(pixels, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+
+def _normalised(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    return ((pixels + 1) / 2 - pixels.new_tensor(mean)[:, None, None]) / pixels.new_tensor(std)[:, None, None]
