@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from ..data.images import open_picture, pixels
-from ..metrics import CLIPSimilarity
+from ..models.clip import Clip
 from ..models.weights import locate
 from ..prompt import RecordError
 from .classifier import Classifier
@@ -184,7 +184,7 @@ class Embedder:
     def __init__(self, settings: Embedding, device: str = "cpu") -> None:
         self.settings, self.device = settings, device
         self.quality = Classifier(settings.quality, settings.quality_label, device) if settings.quality else None
-        self.clip = CLIPSimilarity(settings.clip).to(device)
+        self.clip = Clip(settings.clip).to(device)
         self.domains = self.clip.embed_texts(settings.domains)  # [domains, d]
 
     def __call__(self, batch: Batch) -> Embedded:
@@ -195,7 +195,7 @@ class Embedder:
                 if score < self.settings.min_score:
                     del images[i]
                     rules[i] = "under --min-score"
-        vectors = np.zeros((len(rules), self.clip.clip.config.projection_dim), np.float16)
+        vectors = np.zeros((len(rules), self.clip.width), np.float16)
         domains = np.zeros(len(rules), np.uint8)
         if images:
             vectors[list(images)], domains[list(images)] = self.embed(list(images.values()))
@@ -204,8 +204,7 @@ class Embedder:
 
     def embed(self, images: Sequence[Image]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
         """Vectors [b, d] and domains [b], from 1."""
-        side = self.clip.clip.config.vision_config.image_size
-        stacked = torch.stack([pixels(fit(image, side)) for image in images]).to(self.device)  # [b, 3, side, side]
+        stacked = torch.stack([pixels(fit(image, self.clip.side)) for image in images]).to(self.device)  # [b, 3, side, side]
         vectors = self.clip.embed_pictures(stacked)
         nearest = (vectors @ self.domains.T).argmax(-1) + 1
         return vectors.half().cpu().numpy(), nearest.to(torch.uint8).cpu().numpy()

@@ -1,4 +1,4 @@
-"""CLIP-T and PickScore: how well pictures fit their captions."""
+"""CLIP-T, PickScore and the direction of an edit: how well pictures fit words."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, normalize
-from torchmetrics import Metric
+from torch.nn.functional import cosine_similarity
 
-from ..models.encoder import clip_normalised
-from ..models.weights import locate
+from ..models.clip import Clip
+from .mean import PictureMean
 
 
-class CLIPSimilarity(Metric):
+class CLIPSimilarity(PictureMean):
     """Mean cosine similarity of picture and caption (CLIP-T of DreamBooth, section 4.2), from any CLIP of ``transformers``.
 
     Scores of different backbones are never compared.
@@ -23,47 +22,17 @@ class CLIPSimilarity(Metric):
         tokenizer: the same for the tokenizer; the CLIP's own by default.
     """
 
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
     def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
         super().__init__()
-        from transformers import AutoTokenizer, CLIPModel
-
-        self.clip = CLIPModel.from_pretrained(locate(pretrained)).eval().requires_grad_(False)
-        self.tokenizer = AutoTokenizer.from_pretrained(locate(tokenizer or pretrained))
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    @torch.no_grad()
-    def embed_pictures(self, pictures: Tensor) -> Tensor:
-        """Pictures [b, 3, H, W] in [-1, 1] as vectors of length 1, [b, d]."""
-        side = self.clip.config.vision_config.image_size
-        pictures = interpolate(pictures.float(), (side, side), mode="bicubic", antialias=True).clamp(-1, 1)
-        return normalize(self.clip.get_image_features(pixel_values=clip_normalised(pictures)).pooler_output, dim=-1)
-
-    @torch.no_grad()
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts, cut where the CLIP ends, as vectors of length 1, [b, d]."""
-        longest = self.clip.config.text_config.max_position_embeddings
-        inputs = self.tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt").to(self.clip.device)
-        out = self.clip.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
-        return normalize(out.pooler_output, dim=-1)
+        self.clip = Clip(pretrained, tokenizer)
 
     def similarity(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine of each picture [b, 3, H, W] in [-1, 1] with its caption, [b]."""
-        return (self.embed_pictures(pictures) * self.embed_texts(captions)).sum(-1)
+        return (self.clip.embed_pictures(pictures) * self.clip.embed_texts(captions)).sum(-1)
 
     def update(self, pictures: Tensor, captions: Sequence[str]) -> None:
         """Pictures [b, 3, H, W] in [-1, 1] and their plain captions."""
-        scores = self.similarity(pictures, captions)
-        self.total += scores.double().sum()
-        self.count += len(scores)
-
-    def compute(self) -> Tensor:
-        """The mean over all pictures."""
-        return (self.total / self.count).float()
+        self.include(self.similarity(pictures, captions))
 
 
 class PickScore(CLIPSimilarity):
@@ -86,4 +55,24 @@ class PickScore(CLIPSimilarity):
         h, w = pictures.shape[-2:]
         s = min(h, w)
         square = pictures[..., (h - s) // 2 : (h + s) // 2, (w - s) // 2 : (w + s) // 2]
-        return self.clip.logit_scale.exp() * super().similarity(square, captions)
+        return self.clip.model.logit_scale.exp() * super().similarity(square, captions)
+
+
+class DirectionalSimilarity(PictureMean):
+    """Mean cos(I1 - I0, T1 - T0) (Gal et al. 2021, equation 2, of vectors of length 1 as InstructPix2Pix has it): whether an edit moves
+    the picture as its captions move. 0 for a copy of the source, and for two equal captions.
+
+    Args:
+        pretrained: hub name, folder, or ``toybox/clip``.
+        tokenizer: the same for the tokenizer; the CLIP's own by default.
+    """
+
+    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
+        super().__init__()
+        self.clip = Clip(pretrained, tokenizer)
+
+    def update(self, pictures: Tensor, sources: Tensor, captions: Sequence[str], source_captions: Sequence[str]) -> None:
+        """Edited pictures and their sources, each [b, 3, H, W] in [-1, 1], and the captions of both."""
+        moved = self.clip.embed_pictures(pictures) - self.clip.embed_pictures(sources)
+        told = self.clip.embed_texts(captions) - self.clip.embed_texts(source_captions)
+        self.include(cosine_similarity(moved, told, dim=-1))
