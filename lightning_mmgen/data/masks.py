@@ -8,7 +8,7 @@ from scipy.ndimage import distance_transform_edt, label
 from torch import Tensor
 
 
-def difference_mask(source: Tensor, target: Tensor, threshold: float = 0.1, dilate: float = 2.0, min_area: int = 8) -> Tensor:
+def difference_mask(source: Tensor, target: Tensor, threshold: float = 0.1, dilate: float = 2.0, min_area: int = 16) -> Tensor:
     """Where an edit has changed its source: the difference of the colours, thresholded; small components dropped; the rest dilated.
 
     Args:
