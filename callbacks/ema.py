@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class EMA(Callback):
@@ -63,16 +63,27 @@ class EMA(Callback):
         self.updates, self.mean = state_dict["updates"], state_dict["mean"]
 
 
+def averaged(trainer: Trainer) -> EMA | None:
+    """The trainer's :class:`EMA`, once it holds an average."""
+    return next((c for c in trainer.callbacks if isinstance(c, EMA) and c.mean), None)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within this block; each part's own mode after it."""
+    training = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training.items():
+            part.training = mode
+
+
 @contextmanager
 def evaluation(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Evaluate without a trace: averaged weights if an :class:`EMA` is on, evaluation mode, no gradients, and the generators of
     the process left as they were."""
-    ema = next((c for c in trainer.callbacks if isinstance(c, EMA) and c.mean), None)  # type: ignore[attr-defined]
-    training = {m: m.training for m in pl_module.modules()}
-    try:
-        with isolate_rng(), torch.no_grad(), ema.swapped(pl_module) if ema else nullcontext():
-            pl_module.eval()
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    ema = averaged(trainer)
+    with isolate_rng(), torch.no_grad(), ema.swapped(pl_module) if ema else nullcontext(), evaluation_mode(pl_module):
+        yield

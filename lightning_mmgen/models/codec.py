@@ -43,8 +43,12 @@ class Codec(nn.Module):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b, c, h, w] -> pixels [b, 3, h*f, w*f], clipped to [-1, 1]."""
+        return self.reconstruct(latents).clamp(-1, 1)
+
+    def reconstruct(self, latents: Tensor) -> Tensor:
+        """As :meth:`decode`, but not clipped, and gradients reach the latents."""
         with _full_precision(latents.device):
-            return self.vae.decode((latents.float() / self.scale + self.shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+            return self.vae.decode((latents.float() / self.scale + self.shift).to(self.vae.dtype)).sample.float()
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
