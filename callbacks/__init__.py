@@ -1,6 +1,7 @@
 """Lightning callbacks, one a file; installed as ``lightning_mmgen.callbacks``."""
 
 from .clip_score import CLIPScoreEvaluation
+from .consistency_penalty import ConsistencyPenalty
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
 from .held_out import HeldOut, held_out, sample
@@ -13,6 +14,7 @@ from .run_card import RunCard
 __all__ = [
     "EMA",
     "CLIPScoreEvaluation",
+    "ConsistencyPenalty",
     "FollowingEvaluation",
     "HeldOut",
     "LastCheckpoint",

@@ -46,6 +46,14 @@ def temporal(z0_hat: Tensor, teacher: Tensor, mask: Tensor, weight: Tensor) -> T
     return outside(z0_hat - teacher.detach(), mask, weight).mean()
 
 
+def earlier(seeds: Tensor, timesteps: Tensor) -> Tensor:
+    """t' of each sample, [b]: uniform in 0..t-1 (0 for t = 0), from a generator of its own, which is not that of its noise."""
+    drawn = []
+    for seed, t in zip(seeds.tolist(), timesteps.tolist(), strict=True):
+        drawn.append(torch.randint(max(t, 1), (), generator=torch.Generator().manual_seed(seed + 1)))
+    return torch.stack(drawn).to(timesteps.device)
+
+
 def turns(z0_hat: Tensor, previous: Tensor, mask: Tensor, weight: Tensor, turn: Tensor) -> Tensor:
     """E w(t) ||z0_hat - z_(k-1)||^2 outside the mask, over the samples with turn k >= 1 of a multi-turn edit.
 
