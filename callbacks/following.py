@@ -44,7 +44,12 @@ class FollowingEvaluation(HeldOutCallback):
     def table(self) -> str:
         """Before and after, with 95 % confidence intervals."""
         lines = [f"{'held-out instructions: ' + str(self.count):<28}{'before':>16}{'after':>16}"]
-        names = {"following": "instruction following", "strict": "all conditions met", "consistency": "object consistency", "success": "edits brought about"}
+        names = {
+            "following": "instruction following",
+            "strict": "all conditions met",
+            "consistency": "object consistency",
+            "success": "edits brought about",
+        }
         for key, name in names.items():
             if key in self.after:
                 cells = [f"{s[key]:.3f} ± {s[key + '_ci']:.3f}" if key in s else "-" for s in (self.before, self.after)]

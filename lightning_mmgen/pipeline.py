@@ -211,12 +211,20 @@ class MultimodalPipeline(DiffusionPipeline):
         return condition(instructions, markers, references, phrases)._replace(source=source)
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own = int(self.unet.config.sample_size) * self.codec.factor
-        height, width = height or own, width or own
-        multiple = self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if height % multiple or width % multiple:
-            raise ValueError(f"height and width must be multiples of {multiple}, not {height} and {width}")
+        height, width = height or self.side, width or self.side
+        if height % self.multiple or width % self.multiple:
+            raise ValueError(f"height and width must be multiples of {self.multiple}, not {height} and {width}")
         return height, width
+
+    @property
+    def side(self) -> int:
+        """The UNet's own height and width, in pixels."""
+        return int(self.unet.config.sample_size) * self.codec.factor
+
+    @property
+    def multiple(self) -> int:
+        """What heights and widths must be multiples of, in pixels."""
+        return int(self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
     def source(self, prompts: Sequence[MultimodalPrompt], height: int, width: int) -> Tensor | None:
         """Latents [b, c, h, w] of the prompts' sources (zeros where there is none), for a UNet that takes them; else None."""

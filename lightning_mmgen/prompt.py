@@ -18,6 +18,8 @@ KINDS = ("", "person", "head")
 CONTROLS = ("edge", "depth", "sketch")
 ROLES = ("subject", "style", "content", "source", "depth", "edge", "mask", "sketch", "crop", "neighbour")
 MARKER = re.compile(r"\[ref#(\d+)\]")
+EDIT = "In the [ref#1] picture, {}"
+"""The prompt of an edit, around its instruction in plain words."""
 
 Picture = str | bytes | Image
 """A path (relative to the record file), the bytes of an encoded picture, or a picture in memory."""

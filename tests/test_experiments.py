@@ -69,8 +69,10 @@ def test_an_experiment_reads_like_a_table() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
 def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    own = "toybox_references.yaml" if "reference_attention" in recipe.read_text() else f"toybox_{recipe.stem}.yaml"
-    step_on_the_toybox([recipe.name, "overlays/toybox.yaml", f"overlays/{own}"])
+    text, own = recipe.read_text(), ["overlays/toybox.yaml"]
+    own += ["overlays/toybox_references.yaml"] if "reference_attention" in text else []
+    own += ["overlays/toybox_edits.yaml"] if "source_latents: true" in text else []
+    step_on_the_toybox([recipe.name, *own, f"overlays/toybox_{recipe.stem}.yaml"])
 
 
 def step_on_the_toybox(files: list[str]) -> MultimodalDiffusion:
@@ -255,4 +257,4 @@ def test_overlays_are_all_tested() -> None:
     forms = [*(form.files for form in TRUE_SIZE.values()), *INSTRUCT_IMAGEN.values()]
     used = {Path(f).stem for files in forms for f in files if f.startswith("overlays/")}
     found, own = {p.stem for p in OVERLAYS}, {f"toybox_{r.stem}" for r in RECIPES}
-    assert found == used | {"toybox", "toybox_references"} | own & found
+    assert found == used | {"toybox", "toybox_references", "toybox_edits"} | own & found

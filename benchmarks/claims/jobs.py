@@ -69,9 +69,9 @@ def _do(job: Job, measure: Callable[[Job], Any]) -> None:
     print(f"{job.name}, seed {job.seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items() if v), flush=True)
 
 
-def arguments(runs: str, count: int) -> argparse.Namespace:
-    """The command line of a claims benchmark."""
-    parser = argparse.ArgumentParser()
+def arguments(runs: str, count: int, *more: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line of a claims benchmark, and arguments of its own."""
+    parser = argparse.ArgumentParser(parents=more)
     parser.add_argument("--runs", default=runs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, default=760)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.sources import Lines
-from ..prompt import MARKER, RecordError, without_markers
+from ..prompt import EDIT, MARKER, RecordError, without_markers
 from .captions import ENDINGS, read_json
 from .journal import digest_of
 
@@ -127,7 +127,7 @@ class Table(Layout):
         if columns.session and (session is None or type(turn) is not int):
             raise Dropped("bad row", f"{columns.session} is {session!r} and {columns.turn} {turn!r}")
         return Edit(
-            f"In the [ref#1] picture, {text}",
+            EDIT.format(text),
             (source,),
             _picture(parts["target"]),
             _picture(parts.get("mask")),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError, Reference
 from .datamodule import MultimodalDataModule, Recipe, Sample, crop_square
 from .images import pixels
+from .masks import difference_mask
 from .sources import Source
 
 
@@ -21,6 +24,7 @@ class EditRecipe(Recipe):
     Args:
         max_aspect: how far the aspects (width / height) of source and target may lie apart, as a ratio.
         threshold, dilate, min_area: of :func:`~lightning_mmgen.data.masks.difference_mask`, for an edit without a mask.
+        show_mask: the prompt shows the mask of an edit that has one, as its last reference (masked editing).
     """
 
     def __init__(
@@ -32,9 +36,18 @@ class EditRecipe(Recipe):
         threshold: float = 0.1,
         dilate: int = 2,
         min_area: int = 16,
+        show_mask: bool = False,
     ) -> None:
         super().__init__(reference_size, target_size, encoder)
         self.max_aspect, self.threshold, self.dilate, self.min_area = max_aspect, threshold, dilate, min_area
+        self.show_mask = show_mask
+
+    def compose(self, record: Record, root: Path | None, rng: np.random.Generator) -> Record:
+        if not self.show_mask or record.mask is None or all(r.role != "source" for r in record.references):
+            return record
+        k = max(r.marker for r in record.references) + 1
+        mask = Reference(k, record.mask, "mask", "mask")
+        return replace(record, instruction=f"{record.instruction}, inside the [ref#{k}] mask", references=(*record.references, mask))
 
     def finish(self, sample: Sample, target: Tensor, root: Path | None) -> Sample:
         """Raises: RecordError: an edit without its source; source and target of different aspects; a mask of another size, or empty."""
@@ -48,7 +61,10 @@ class EditRecipe(Recipe):
             raise RecordError(f"source is {size}, target {after}: another aspect")
         source = self._fit(before)
         if record.mask is None:
-            return sample._replace(source=source, mask=source.new_ones(1, self.target_size, self.target_size))
+            mask = difference_mask(source, sample.target, self.threshold, self.dilate, self.min_area)
+            if not mask.any():
+                raise RecordError("source and target are alike: there is no edit")
+            return sample._replace(source=source, mask=mask)
         mask = (pixels(record.mask, None, root).mean(0, keepdim=True) + 1) / 2
         if (given := f"{mask.shape[2]} x {mask.shape[1]}") not in (size, after):
             raise RecordError(f"mask is {given}, source {size}")
@@ -77,11 +93,11 @@ class EditDataModule(MultimodalDataModule):
 
     Args:
         train, held_out: sources, or paths of them; ``toybox`` is the embedded world.
-        max_aspect, threshold, dilate, min_area: see :class:`EditRecipe`.
+        max_aspect, threshold, dilate, min_area, show_mask: see :class:`EditRecipe`.
         settings: of :class:`~lightning_mmgen.data.datamodule.MultimodalDataModule`.
     """
 
-    toybox: ClassVar = {"tasks": {"edit": 0.85, "caption": 0.15}}
+    toybox: ClassVar = {"tasks": {"edit turn": 0.85, "caption": 0.15}}
     toybox_held_out: ClassVar = {"tasks": {"edit": 1.0}, "length": 256}
 
     def __init__(
@@ -92,10 +108,11 @@ class EditDataModule(MultimodalDataModule):
         threshold: float = 0.1,
         dilate: int = 2,
         min_area: int = 16,
+        show_mask: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(train, held_out, **settings)
-        self.editing = (max_aspect, threshold, dilate, min_area)
+        self.editing = (max_aspect, threshold, dilate, min_area, show_mask)
 
     def make_recipe(self, reference_size: int, encoder: Encoder | None, held_out: bool) -> Recipe:
         return EditRecipe(reference_size, self.target_size, encoder, *self.editing)

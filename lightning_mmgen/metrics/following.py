@@ -18,7 +18,6 @@ from ..toybox.render import draw
 from ..toybox.tasks import Truth
 from ..toybox.world import Placed, Scene
 
-
 SCORES = ("following", "strict", "consistency", "success")
 
 

@@ -53,6 +53,17 @@ def export_checkpoint(ckpt: str, out: str, dtype: str | None = None) -> Path:
     return export(load_module(ckpt), out, getattr(torch, dtype) if dtype else None)
 
 
+def load_pipeline(args: argparse.Namespace) -> MultimodalPipeline:
+    """The model of ``--ckpt`` or ``--model``, on the GPU if there is one, with the sampler that the arguments ask for."""
+    pipeline = MultimodalPipeline.of(load_module(args.ckpt)).frozen() if args.ckpt else MultimodalPipeline.from_pretrained(args.model)
+    if torch.cuda.is_available():
+        pipeline.to("cuda")
+    given = {"steps": args.steps, "guidance_scale": args.guidance, "guidance": args.guidance_rule, "scheduler": args.scheduler}
+    given["image_guidance_scale"] = args.image_guidance
+    pipeline.sampler = replace(pipeline.sampler, **{k: v for k, v in given.items() if v is not None})
+    return pipeline
+
+
 def generate(args: argparse.Namespace) -> list[Path]:
     """Draw ``args.count`` pictures of one prompt; picture i has seed ``args.seed + i``.
 
@@ -63,12 +74,7 @@ def generate(args: argparse.Namespace) -> list[Path]:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name} must be 1 or more, not {value}")
     references = tuple(Reference(k + 1, Path(r).read_bytes()) for k, r in enumerate(args.ref))
-    prompt = MultimodalPrompt(args.prompt, references)
-    pipeline = MultimodalPipeline.of(load_module(args.ckpt)).frozen() if args.ckpt else MultimodalPipeline.from_pretrained(args.model)
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
-    given = {"steps": args.steps, "guidance_scale": args.guidance, "guidance": args.guidance_rule, "scheduler": args.scheduler}
-    pipeline.sampler = replace(pipeline.sampler, **{k: v for k, v in given.items() if v is not None})
+    prompt, pipeline = MultimodalPrompt(args.prompt, references), load_pipeline(args)
     noise = [torch.Generator().manual_seed(args.seed + i) for i in range(args.count)]
     drawn = pipeline([prompt] * args.count, height=args.height, width=args.width, generator=noise).images
     out = Path(args.out)

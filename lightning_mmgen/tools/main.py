@@ -15,20 +15,20 @@ def parser() -> argparse.ArgumentParser:
     subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     generate = subs.add_parser("generate", help="draw pictures from an instruction with pictures in it")
-    source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--ckpt", help="a checkpoint of a run; its config.yaml lies in the run folder")
-    source.add_argument("--model", help="a folder that `mmgen export` wrote")
+    _model(generate)
     generate.add_argument("--prompt", required=True, help="text with [ref#1], [ref#2], ...")
     generate.add_argument("--ref", action="append", default=[], metavar="PICTURE", help="the pictures of [ref#1], [ref#2], ... in order")
     generate.add_argument("--out", required=True, help="a PNG; with --count above 1, NAME-0.png, NAME-1.png, ...")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--steps", type=int, help="denoising steps; the experiment's own by default")
-    generate.add_argument("--guidance", type=float, help="guidance scale; the experiment's own by default")
-    generate.add_argument("--guidance-rule", choices=["constant", "alternating"], help="every step, or every other; likewise")
-    generate.add_argument("--scheduler", choices=["ddim", "ddpm"], help="likewise")
     generate.add_argument("--count", type=int, default=1, help="pictures")
     generate.add_argument("--height", type=int, help="pixels")
     generate.add_argument("--width", type=int, help="pixels")
+
+    edit = subs.add_parser("edit", help="edit a picture by instructions, one after the other, and report the drift of each turn")
+    _model(edit)
+    edit.add_argument("--image", required=True, metavar="PICTURE", help="what to edit")
+    edit.add_argument("--instruction", required=True, action="append", help="what to change; again for the next turn")
+    edit.add_argument("--mask", metavar="PICTURE", help="white where the picture may change: drift is measured outside it")
+    edit.add_argument("--out", required=True, help="a PNG; with several instructions, NAME-1.png, NAME-2.png, ...")
 
     export = subs.add_parser("export", help="write a checkpoint as a diffusers-style folder")
     export.add_argument("--ckpt", required=True)
@@ -64,6 +64,18 @@ def parser() -> argparse.ArgumentParser:
     _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
     _edits(build.add_parser("edits", help="published edits: a source, an instruction, a target"))
     return top
+
+
+def _model(command: argparse.ArgumentParser) -> None:
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("--ckpt", help="a checkpoint of a run; its config.yaml lies in the run folder")
+    source.add_argument("--model", help="a folder that `mmgen export` wrote")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--steps", type=int, help="denoising steps; the experiment's own by default")
+    command.add_argument("--guidance", type=float, help="guidance scale; the experiment's own by default")
+    command.add_argument("--image-guidance", type=float, help="guidance scale of the pictures alone; likewise")
+    command.add_argument("--guidance-rule", choices=["constant", "alternating"], help="every step, or every other; likewise")
+    command.add_argument("--scheduler", choices=["ddim", "ddpm"], help="likewise")
 
 
 def _crops(crops: argparse.ArgumentParser) -> None:
@@ -226,6 +238,11 @@ def run(args: argparse.Namespace) -> int:
         from .merge import merge
 
         print(merge(args.lora, args.into, args.out, args.strength, args.config))
+        return 0
+    if args.command == "edit":
+        from .edit import edit
+
+        print(edit(args))
         return 0
     from . import generate
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from ..prompt import CONTROLS, Box, Picture, Record, Reference
+from ..prompt import CONTROLS, EDIT, Box, Picture, Record, Reference
 from .render import SIDE, draw, portrait
 from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Scene, Toy, held_out, place, random_scene
 
@@ -240,7 +240,7 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
         out.append(
             _record(
                 "edit",
-                f"In the [ref#1] picture, {text}",
+                EDIT.format(text),
                 after,
                 refs,
                 Truth(after, shown, sizes=True, style=True, edited=what),
