@@ -20,9 +20,13 @@ def snr_weight(snr: Tensor, cap: float = 5.0) -> Tensor:
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask of pixels [b, 1, H, W] at latent ``size``, by area: a latent that the mask covers in part keeps its share, so that the area
-    outside stays the same."""
-    return interpolate(mask.float(), size, mode="area")
+    """A mask of pixels [b, 1, H, W] at latent ``size``, by area: a latent that the mask covers in part keeps its share.
+
+    Over 99 % counts as all of it: else the white of a JPEG, or the rounding of a resize, would leave an edit of all of the picture a little
+    to keep everywhere, and the terms, which are means, would weigh that as much as a whole picture.
+    """
+    share = interpolate(mask.float(), size, mode="area")
+    return torch.where(share > 0.99, 1.0, share)
 
 
 def outside(error: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

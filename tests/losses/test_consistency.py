@@ -139,6 +139,15 @@ def test_a_latent_masked_in_part_keeps_its_share() -> None:
             torch.testing.assert_close(small[:, 0, y, x], mask[:, 0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean(dim=(1, 2)))
 
 
+def test_nearly_white_is_white() -> None:
+    estimate, source = latents()
+    small = latent_mask(torch.full((B, 1, 8 * H, 8 * W), 253 / 255), (H, W))
+    assert spatial(estimate, source, small, WEIGHT).item() == 0
+    one_pixel = torch.ones(B, 1, 8 * H, 8 * W)
+    one_pixel[..., 3, 3] = 0
+    assert latent_mask(one_pixel, (H, W))[0, 0, 0, 0].item() == 63 / 64  # of a latent is not nothing
+
+
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
 COUNTS = torch.tensor([[True, False, True], [False, True, False]])
 
