@@ -81,6 +81,25 @@ def test_a_bad_edit_is_a_bad_row(changes: dict[str, Any], reason: str) -> None:
     assert isinstance(row, BadRow) and row.reason.endswith(reason)
 
 
+def test_an_edit_without_a_mask_gets_one_of_what_it_changed() -> None:
+    record = ToyboxSource({"edit": 1.0}).record(1)
+    given, derived = (sampled(r, side=64) for r in (record, replace(record, mask=None)))
+    assert isinstance(given, Sample) and isinstance(derived, Sample) and given.mask is not None and derived.mask is not None
+    changed = (given.source - given.target).abs().amax(0, keepdim=True) > 0.3  # type: ignore[operator]
+    assert changed.any() and (derived.mask[changed] == 1).all()
+    alike = sampled(an_edit(mask=None, target=an_edit().references[0].image))
+    assert isinstance(alike, BadRow) and alike.reason.endswith("source and target are alike: there is no edit")
+
+
+def test_masked_editing_shows_the_mask_in_the_prompt() -> None:
+    recipe, rng = EditRecipe(16, 16, show_mask=True), np.random.default_rng(0)
+    shown = recipe.compose(an_edit(), None, rng)
+    assert shown.instruction == "in [ref#1], make it bright, inside the [ref#2] mask"
+    assert [r.role for r in shown.references] == ["source", "mask"] and shown.references[1].image is shown.mask
+    for record in (an_edit(mask=None), ToyboxSource({"caption": 1.0}).record(0)):
+        assert recipe.compose(record, None, rng) is record
+
+
 def test_a_full_mask_is_a_global_edit() -> None:
     sample = sampled(an_edit())
     assert isinstance(sample, Sample) and sample.mask is not None and (sample.mask == 1).all()
