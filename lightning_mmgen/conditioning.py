@@ -35,16 +35,25 @@ class Conditioner(NamedTuple):
             phrases: for each prompt, what its references show, by slot: the text beside the marker on the way through the UNet.
         """
         if self.reference_attention is None:
-            return self.adapter(self.encoder(instructions, markers, references))
+            return self.read(instructions, markers, references)
         names = phrases or [[""] * len(marks) for marks in markers]
         texts = [f"[ref#{k}] {name}".strip() for marks, own in zip(markers, names, strict=True) for k, name in zip(marks, own, strict=True)]
         texts = texts or [""]  # a pass through the UNet all the same: every rank must make it
-        told = self.adapter(self.encoder(texts, [[] for _ in texts], []))
+        told = self.read(texts, [[] for _ in texts], [])
         if not self.reference_attention.in_prompt:
-            instructed = self.adapter(self.encoder(instructions, [[] for _ in markers], []))
+            instructed = self.read(instructions, [[] for _ in markers], [])
         else:
-            instructed = self.adapter(self.encoder(instructions, markers, references))
+            instructed = self.read(instructions, markers, references)
         return instructed._replace(context=self.context(told, markers, references))
+
+    def read(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Condition:
+        """Through encoder and adapter. Where the encoder has a device of its own, the pictures go there, and its hidden states come to the
+        adapter's, with their gradients the way back; nothing else crosses."""
+        if self.encoder.device is None:
+            return self.adapter(self.encoder(instructions, markers, references))
+        there, here = (next(part.parameters()).device for part in (self.encoder, self.adapter))
+        states = self.encoder(instructions, markers, [group._replace(pixels=group.pixels.to(there)) for group in references])
+        return self.adapter(states._replace(tokens=states.tokens.to(here), mask=states.mask.to(here)))
 
     def context(self, told: Condition, markers: list[list[int]], references: list[PackedImages]) -> Context:
         """References through the down blocks, each with its own text (``told``, a row a reference in the order of the markers)."""

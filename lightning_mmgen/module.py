@@ -22,7 +22,7 @@ from .models.encoder import Encoder
 from .models.parameters import ParameterTable, Row
 from .models.references import ReferenceAttentionConfig, give_partial_pass
 from .models.unet import UNetConfig, denoise, pooled_features, takes_source
-from .optimizer import make_optimizer
+from .optimizer import beside_parameters, make_optimizer
 from .pipeline import MultimodalPipeline, Sampler, without_words
 
 PARTS = ("encoder", "adapter", "unet", "reference_attention")
@@ -104,6 +104,10 @@ class MultimodalDiffusion(L.LightningModule):
         """Build the parts and bring them under the parameter table; Lightning calls this where the weights are to live."""
         if hasattr(self, "unet"):
             return
+        if self.encoder.device is not None and self._trainer and self._trainer.world_size > 1:
+            raise ValueError(
+                f"encoder.device: {self.encoder.device} is for one process (trainer.devices: 1), not for {self._trainer.world_size}"
+            )
         self.build()
         if self.start and self._trainer and not self._trainer.ckpt_path:
             self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
@@ -227,6 +231,10 @@ class MultimodalDiffusion(L.LightningModule):
             raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: self.schedule.factor(i, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            beside_parameters(optimizer)
 
     def trainable(self) -> dict[str, Tensor]:
         """What is trained, by name."""

@@ -24,6 +24,14 @@ def make_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float] = (0
     return TableOptimizer(groups, betas, fused)
 
 
+def beside_parameters(optimizer: Optimizer) -> None:
+    """Put each parameter's state on its device: Lightning moves all of a resumed optimizer's to one. ``step`` is torch's own affair."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                state[key] = value.to(parameter.device)
+
+
 class TableOptimizer(Optimizer):
     """AdamW and Muon (Jordan et al. 2024) of torch and Adafactor of transformers, as one optimizer that schedules, clips and saves as one.
 
@@ -61,8 +69,8 @@ class TableOptimizer(Optimizer):
 
 
 class StackedMuon(Muon):
-    """torch's Muon with the matrices of one shape orthogonalised together: LoRA has hundreds of small ones. Settings and state are torch's;
-    the rate is scaled by ``match_rms_adamw``, with Nesterov momentum."""
+    """torch's Muon with the matrices of one shape, on one device, orthogonalised together: LoRA has hundreds of small ones. Settings and
+    state are torch's; the rate is scaled by ``match_rms_adamw``, with Nesterov momentum."""
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -70,10 +78,10 @@ class StackedMuon(Muon):
         for group in self.param_groups:
             found: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
             self._init_group(group, *found)
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = {}
+            stacks: dict[tuple[torch.Size, torch.device], list[tuple[Tensor, Tensor, Tensor]]] = {}
             for matrix in zip(*found, strict=True):
-                shapes.setdefault(matrix[0].shape, []).append(matrix)
-            for shape, alike in shapes.items():
+                stacks.setdefault((matrix[0].shape, matrix[0].device), []).append(matrix)
+            for (shape, _), alike in stacks.items():
                 self._step(group, shape, *map(list, zip(*alike, strict=True)))
 
     def _step(self, group: dict[str, Any], shape: torch.Size, matrices: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:

@@ -121,8 +121,11 @@ class MultimodalPipeline(DiffusionPipeline):
         return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler, module.reference_attention)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MultimodalPipeline:  # type: ignore[override]
+    def from_pretrained(cls, folder: str | Path, encoder_device: str | None = None) -> MultimodalPipeline:  # type: ignore[override]
         """Load what ``mmgen export`` wrote, LoRA unmerged.
+
+        Args:
+            encoder_device: a device of the encoder's own, where it stays when the pipeline moves.
 
         Raises:
             FileNotFoundError: no ``model_index.json`` in the folder.
@@ -139,6 +142,7 @@ class MultimodalPipeline(DiffusionPipeline):
             kind = getattr(importlib.import_module("lightning_mmgen.models." + spec["module"]), spec["class"])
             parts[name] = kind(**spec["init"])
         encoder = parts["encoder"]
+        encoder.device = encoder_device
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)

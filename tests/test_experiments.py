@@ -45,6 +45,7 @@ class TrueSize(NamedTuple):
 TRUE_SIZE = {
     "idefics2_sdxl": TrueSize(("instruct.yaml", "overlays/idefics2_sdxl.yaml"), "sdxl", 1024, 2048, 1280, 324),
     "sd15": TrueSize(("instruct.yaml", "overlays/sd15.yaml"), "sd15", 512, 768, None, 324),
+    "encoder_4bit": TrueSize(("instruct.yaml", "overlays/sd15.yaml", "overlays/encoder_4bit.yaml"), "sd15", 512, 768, None, 324),
     "mumu_stage1": TrueSize(("mumu_stage1.yaml",), "sdxl", 1024, 2048, 1280, 324),
     "mumu_stage2": TrueSize(("mumu_stage2.yaml",), "sdxl", 1024, 2048, 1280, 1296),
 }

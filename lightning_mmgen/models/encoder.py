@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.functional import rms_norm
 from ..batch import Condition, PackedImages, Span
 from ..prompt import RecordError, split
 from .packing import Layout, use_by_sample
+from .placement import Quantization, keep_backward, placement
 from .weights import locate
 
 
@@ -52,6 +54,11 @@ class Encoder(nn.Module, ABC):
             RMS-normalised; the last states of a small language model say much about the next token and little about their own.
         dtype: weights' dtype (``float32``, ``bfloat16``).
         attention: attention implementation of ``transformers``.
+        quantization: of the frozen linear layers of ``language``, by bitsandbytes: ``nf4`` (4 bit, its scales quantised too, arithmetic in
+            ``dtype``; Dettmers et al. 2023) or ``int8`` (Dettmers et al. 2022). ``vision`` and ``projector`` stay as they are: they hold
+            under a tenth of the weights. LoRA may train on top.
+        device: a device of the encoder's own (``cuda:1``), in the same process: it stays there wherever the rest of the model moves.
+            None: it moves with the rest.
     """
 
     vision: nn.Module
@@ -61,6 +68,9 @@ class Encoder(nn.Module, ABC):
     """The model's class in ``transformers``."""
     transformers_names: ClassVar[dict[str, str]]
     """Where the parts lie in the model of ``transformers``, for LoRA that PEFT loads there."""
+    is_loaded_in_4bit: bool = False
+    is_loaded_in_8bit: bool = False
+    """By these names PEFT asks how the linear layers are quantised."""
 
     def __init__(
         self,
@@ -70,12 +80,16 @@ class Encoder(nn.Module, ABC):
         mix: float | None = None,
         dtype: str = "float32",
         attention: str = "sdpa",
+        quantization: Quantization | None = None,
+        device: str | None = None,
     ) -> None:
         super().__init__()
         if image_tokens < 1 or round(image_tokens**0.5) ** 2 != image_tokens:
             raise ValueError(f"image_tokens must be a square number, not {image_tokens}")
         self.pretrained, self.image_tokens, self.max_tokens, self.mix = pretrained, image_tokens, max_tokens, mix
-        self.dtype, self.attention = dtype, attention
+        if quantization not in (None, *get_args(Quantization)):
+            raise ValueError(f"encoder.quantization must be {' or '.join(get_args(Quantization))}, not {quantization!r}")
+        self.dtype, self.attention, self.quantization, self.device = dtype, attention, quantization, device
         self._tokenizer: Any = None
         self._config: Any = None
 
@@ -98,19 +112,38 @@ class Encoder(nn.Module, ABC):
         return self._config
 
     def build(self, weights: bool = True) -> None:
-        """Create the parts, from pretrained weights or (``weights=False``) from the configuration alone, on the default device.
+        """Create the parts: from pretrained weights, on the encoder's device or else the default one; or (``weights=False``) from the
+        configuration alone, on the default device and not quantised.
 
         Raises:
-            ValueError: the model is of another architecture.
+            ValueError: the model is of another architecture, the device is not here, or bitsandbytes is not.
         """
         import transformers
 
+        dtype, kept = getattr(torch, self.dtype), [name for part, name in self.transformers_names.items() if part != "language"]
+        placed = placement(self.device, self.quantization, dtype, [*kept, "lm_head"]) if weights else {}  # before anything is downloaded
         found = (self.model_config.architectures or [self.architecture])[0]
         if found != self.architecture:
             raise ValueError(f"{self.pretrained} is a {found}; {type(self).__name__} reads {self.architecture}")
-        whole, kind = getattr(transformers, self.architecture), {"dtype": getattr(torch, self.dtype), "attn_implementation": self.attention}
-        model = whole.from_pretrained(locate(self.pretrained), **kind) if weights else whole._from_config(self.model_config, **kind)
+        whole, kind = getattr(transformers, self.architecture), {"dtype": dtype, "attn_implementation": self.attention}
+        model = (
+            whole.from_pretrained(locate(self.pretrained), **kind, **placed) if weights else whole._from_config(self.model_config, **kind)
+        )
         self.adopt(model.model)
+        if not weights:
+            return
+        self.is_loaded_in_4bit, self.is_loaded_in_8bit = self.quantization == "nf4", self.quantization == "int8"
+        keep_backward(self.language)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
+        """With a device of its own, the encoder takes on another dtype, but does not move with what it is part of."""
+        if self.device is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+        def in_place(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.detach().new_empty(0)).dtype) if tensor.is_floating_point() else tensor
+
+        return super()._apply(in_place, recurse)  # type: ignore[no-untyped-call]
 
     def adopt(self, model: Any, tokenizer: Any = None) -> None:
         """Take the parts of a model of ``transformers`` (its output head is not needed), and a tokenizer if it has none of its own yet."""
@@ -124,7 +157,7 @@ class Encoder(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """The arguments that build an encoder like this one."""
-        names = ("pretrained", "image_tokens", "max_tokens", "mix", "dtype", "attention")
+        names = ("pretrained", "image_tokens", "max_tokens", "mix", "dtype", "attention", "quantization", "device")
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -19,7 +19,7 @@ class Idefics2Encoder(Encoder):
         image_tokens: 324 = 18 x 18 patches of 14 px in MUMU's stage 1, 1,296 in stage 2.
         keep_perceiver: keep it, as a fourth part ``perceiver``: the patches of every picture become as many tokens as it has latents.
         norm: RMS-normalise the projected patches, as the removed perceiver did at its end.
-        max_tokens, mix, dtype, attention: see :class:`Encoder`.
+        max_tokens, mix, dtype, attention, quantization, device: see :class:`Encoder`.
     """
 
     architecture = "Idefics2ForConditionalGeneration"

@@ -16,7 +16,7 @@ class LlavaEncoder(Encoder):
     Args:
         pretrained: hub name or local folder.
         image_tokens: 576 = 24 x 24 patches of 14 px is what it was trained with; at other sizes CLIP's positions are interpolated.
-        max_tokens, mix, dtype, attention: see :class:`Encoder`.
+        max_tokens, mix, dtype, attention, quantization, device: see :class:`Encoder`.
     """
 
     architecture = "LlavaForConditionalGeneration"

@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from .placement import count
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
 
 OptimizerName = Literal["adamw", "muon", "adafactor"]
@@ -80,6 +82,8 @@ class RowState:
     total: int = 0
     trainable: int = 0
     parameters: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    device: str = ""
+    """Where it lives, if that is not the default device."""
 
 
 class ParameterTable:
@@ -134,6 +138,8 @@ class ParameterTable:
                 )
         for name, parameter in root.named_parameters():
             row = self.row_of(name)
+            if row.train == "full" and not parameter.dtype.is_floating_point:
+                raise ValueError(f"parameter row {row.match!r}: the weights are quantised; they train by lora, or not at all")
             parameter.requires_grad_(row.train == "full")
             if row.train == "full":
                 parameter.data = parameter.data.float()
@@ -195,10 +201,11 @@ class ParameterTable:
             raise ValueError(f"parameter row {row.match!r}: nothing there supports activation checkpointing")
 
     def _count(self, root: nn.Module) -> None:
-        states = {id(r): RowState(r) for r in self.rows}
+        states, default = {id(r): RowState(r) for r in self.rows}, torch.get_default_device()
         for name, p in root.named_parameters():
             state = states[id(self.row_of(name))]
-            state.total += p.numel()
+            state.total += count(p)
+            state.device = "" if p.device == default else str(p.device)
             if p.requires_grad:
                 state.trainable += p.numel()
                 state.parameters.append((name, p))
@@ -222,25 +229,28 @@ class ParameterTable:
                 groups.append({"name": name, "params": rest, "optimizer": "adamw", **rates})
         return groups
 
-    def table(self) -> list[tuple[str, str, str, str, str]]:
-        """Module, training, learning rate, trainable and all parameters, as text, a header first (MUMU, Table 1)."""
+    def table(self) -> list[tuple[str, ...]]:
+        """Module, training, learning rate, trainable and all parameters, as text, a header first (MUMU, Table 1); and the device, where a
+        row has one of its own."""
         how = {"frozen": "not trained", "lora": "LoRA rank {}", "full": "fully trained"}
-        rows = [("module", "training", "learning rate", "trainable", "parameters")]
+        rows: list[tuple[str, ...]] = [("module", "training", "learning rate", "trainable", "parameters")]
         for s in self.states:
             rate = "-" if s.row.lr is None else f"{s.row.lr:g}"
             rows.append((s.row.match, how[s.row.train].format(s.row.rank), rate, f"{s.trainable:,}", f"{s.total:,}"))
+        if any(s.device for s in self.states):
+            rows = [(*row, device) for row, device in zip(rows, ["device", *(s.device for s in self.states)], strict=True)]
         return rows
 
     def __str__(self) -> str:
         rows = self.table()
-        widths = [max(len(r[i]) for r in rows) for i in range(5)]
+        widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def markdown(self) -> str:
         """The table for TensorBoard's text page."""
         rows = [" | ".join(r) for r in self.table()]
-        return "\n".join([rows[0], " | ".join(["---"] * 5), *rows[1:]])
+        return "\n".join([rows[0], " | ".join(["---"] * len(self.table()[0])), *rows[1:]])
 
 
 def _takes_lora(module: nn.Module) -> bool:

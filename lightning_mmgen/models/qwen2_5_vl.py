@@ -29,7 +29,7 @@ class Qwen25VLEncoder(Encoder):
     Args:
         pretrained: hub name or local folder.
         image_tokens: of 28 x 28 px each (2 x 2 patches of 14 px).
-        max_tokens, mix, dtype, attention: see :class:`Encoder`.
+        max_tokens, mix, dtype, attention, quantization, device: see :class:`Encoder`.
     """
 
     architecture = "Qwen2_5_VLForConditionalGeneration"

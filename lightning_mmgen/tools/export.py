@@ -53,7 +53,7 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     if unet_config.from_scratch or any(n.startswith("unet.") for n in full):
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")
     if trained := {_plain(n.removeprefix("encoder.")): p for n, p in module.named_parameters() if n in full and n.startswith("encoder.")}:
-        save_file({n: p.detach().to(dtype or p.dtype).contiguous() for n, p in trained.items()}, root / "encoder.safetensors")
+        save_file({n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in trained.items()}, root / "encoder.safetensors")
     for file in root.glob("*/config.json"):  # where the weights once lay is nobody's business
         config_json = {k: v for k, v in json.loads(file.read_text()).items() if k != "_name_or_path"}
         file.write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
@@ -71,7 +71,7 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
         "encoder": {
             "module": type(module.encoder).__module__.rsplit(".", 1)[-1],
             "class": type(module.encoder).__name__,
-            "init": module.encoder.settings(),
+            "init": {k: v for k, v in module.encoder.settings().items() if k != "device"},  # where it lived is nobody's business
         },
         "unet": {"module": "unet", "class": "UNetConfig", "init": {**asdict(unet_config), "from_scratch": False}},
         "codec": {"module": "codec", "class": "CodecConfig", "init": asdict(codec_config)},
@@ -85,7 +85,8 @@ def load_lora(encoder: Encoder, unet: UNet2DConditionModel, root: Path) -> None:
     """Put an export's LoRA, and the encoder's fully trained weights, onto freshly built parts; float32, as in training, whatever the
     dtype of the parts."""
     if (root / "encoder.safetensors").is_file():
-        weights = {n: w.float() for n, w in load_file(root / "encoder.safetensors").items()}
+        here = next(encoder.parameters()).device
+        weights = {n: w.to(here, torch.float32) for n, w in load_file(root / "encoder.safetensors").items()}
         missing = encoder.load_state_dict(weights, strict=False, assign=True)
         if missing.unexpected_keys:
             raise ValueError(f"{root / 'encoder.safetensors'}: {missing.unexpected_keys[0]} is not in {encoder.pretrained}")
@@ -111,7 +112,8 @@ def _set(part: nn.Module, weights: dict[str, Tensor]) -> None:
     if odd := sorted(set(layers) ^ set(weights)):
         raise ValueError(f"the LoRA is not of this {type(part).__name__}: {len(odd)} tensors differ, first {odd[0]}")
     for name, layer in layers.items():
-        layer.data = weights[name]
+        layer.data = layer.data.float()
+        layer.data.copy_(weights[name])
 
 
 def lora_config(part: nn.Module) -> LoraConfig | None:
