@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 
-from lightning_mmgen.batch import Batch, PackedImages
+from lightning_mmgen.batch import Batch, Edit, PackedImages
 from lightning_mmgen.cli import main
 from lightning_mmgen.data.instructions import DATA_SETS
 from lightning_mmgen.losses import DenoisingStep
@@ -59,6 +59,7 @@ INSTRUCT_IMAGEN = {
     "single_task": ("instruct_imagen_sdxl.yaml", "overlays/single_task.yaml"),
 }
 """Forms of SDXL's size that are fully trained."""
+EDITS = {name: (f"{name}.yaml",) for name in ("edit_alignment", "edit_instruction", "edit_magicbrush")}
 ONE = "tests/configs/one.jsonl"
 
 
@@ -137,7 +138,7 @@ def test_nothing_of_the_toybox_is_left_at_true_size(form: str, monkeypatch: pyte
 
 def command_line(form: str) -> list[str]:
     """The form's files, and data for it."""
-    files = INSTRUCT_IMAGEN[form] if form in INSTRUCT_IMAGEN else TRUE_SIZE[form].files
+    files = (INSTRUCT_IMAGEN | EDITS | {name: of.files for name, of in TRUE_SIZE.items()})[form]
     data = [f"--data.init_args.train={ONE}", f"--data.init_args.held_out={ONE}"]
     if "instruct_imagen_sdxl.yaml" in files:
         sources = dict.fromkeys(["depth"] if form == "single_task" else DATA_SETS, ONE)
@@ -148,7 +149,7 @@ def command_line(form: str) -> list[str]:
 def true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> MultimodalDiffusion:
     """The module of a form of real size, its hub names replaced by committed configurations, on the meta device."""
     monkeypatch.chdir(ROOT)
-    config = TRUE_SIZE[form].config if form in TRUE_SIZE else "sdxl"
+    config = TRUE_SIZE[form].config if form in TRUE_SIZE else "sd15" if form in ("edit_alignment", "edit_instruction") else "sdxl"
     names = [f"--model.init_args.{part}.pretrained=tests/configs/{config}" for part in ("unet", "codec")]
     names.append("--model.init_args.encoder.init_args.pretrained=tests/configs/idefics2-8b")
     trainer = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.callbacks=null", "--trainer.fast_dev_run=true"]
@@ -196,6 +197,21 @@ def test_instruct_imagen_at_true_size(form: str, monkeypatch: pytest.MonkeyPatch
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("form", ["edit_alignment", "edit_instruction"])
+def test_edits_at_true_size(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = true_size(form, monkeypatch)
+    counts = {s.row.match: (s.trainable, s.total - s.trainable) for s in model.table.states}
+    assert counts["unet.conv_in"] == (8 * 320 * 9 + 320, 0)  # twice the four channels of the latents
+    layers = {n.removesuffix(".base_layer"): m for n, m in model.unet.named_modules() if isinstance(m, nn.Linear) and ".lora_" not in n}
+    targets = [m for n, m in layers.items() if n.endswith(("to_q", "to_k", "to_v"))]
+    assert counts["unet"] == (sum(16 * (m.in_features + m.out_features) for m in targets), 859_520_964 - (4 * 320 * 9 + 320))
+    found = {(m.r["default"], m.scaling["default"], m.lora_dropout["default"].p) for m in model.unet.modules() if hasattr(m, "lora_A")}
+    assert found == {(16, 2.0, 0.05)}  # the post: rank 16, alpha 32, dropout .05
+    step = true_step(model, 512)
+    assert step.condition.source is not None and step.condition.source.shape == (2, 4, 64, 64)
+    assert model.unet.conv_in.weight.grad is not None
+
+
 def true_step(model: MultimodalDiffusion, side: int) -> DenoisingStep:
     """A step of two prompts, forward and back, without memory."""
     groups = [
@@ -215,6 +231,7 @@ def true_step(model: MultimodalDiffusion, side: int) -> DenoisingStep:
             [],
             [],
             torch.zeros(2),
+            edit=Edit(torch.empty(2, 3, side, side), torch.ones(2, 1, side, side), torch.zeros(2), torch.ones(2)),
         )
         step = model.train().predict(batch, draw)
         step.prediction.float().mean().backward()
@@ -238,7 +255,7 @@ def as_fake(module: nn.Module) -> None:
                     store[name] = nn.Parameter(fake, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else fake
 
 
-@pytest.mark.parametrize("form", [*TRUE_SIZE, "retrieval", "instruct_imagen"])
+@pytest.mark.parametrize("form", [*TRUE_SIZE, "retrieval", "instruct_imagen", *EDITS])
 def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
     form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
