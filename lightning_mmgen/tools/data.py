@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -25,7 +25,8 @@ from ..prompt import MARKER, Picture, Record, RecordError
 
 
 def check(file: str) -> int:
-    """Go over every record of a JSONL file, parquet file or ``datasets`` folder: its fields, markers, boxes and pictures.
+    """Go over every record of a JSONL file, parquet file or ``datasets`` folder: its fields, markers, boxes and pictures, and the turns of
+    its sessions.
 
     Prints ``FILE:ROW: reason`` for every bad row, rows counted from 1, and a summary at the end.
 
@@ -38,18 +39,32 @@ def check(file: str) -> int:
     """
     source = open_source(file)
     tasks, references, sizes = Counter[str](), list[int](), set[tuple[int, int]]()
+    turns = defaultdict[str, list[tuple[int, int]]](list)
     for row in range(len(source)):
         try:
             record = source.record(row)
+            if record.session is not None and record.turn is not None:
+                turns[record.session].append((record.turn, row))
             sizes |= set(picture_sizes(record, source.root))
         except RecordError as error:
             print(f"{file}:{row + 1}: {_reason(error)}")
             continue
         tasks[record.task] += 1
         references.append(len(record.references))
+    gaps = [gap for session, places in turns.items() if (gap := _gap(session, sorted(places)))]
+    for at, reason in gaps:
+        print(f"{file}:{at + 1}: {reason}")
     bad = len(source) - len(references)
     print(f"{file}: {len(source)} rows, {len(references)} good, {bad} bad{_summary(tasks, references, sizes)}")
-    return 1 if bad else 0
+    return 1 if bad or gaps else 0
+
+
+def _gap(session: str, places: list[tuple[int, int]]) -> tuple[int, str] | None:
+    """The row at which the turns of a session, sorted, are not 0, 1, 2, ..., and why; None where they are."""
+    for k, (turn, row) in enumerate(places):
+        if turn != k:
+            return row, f"turn {turn} of session {session!r} " + (f"has no turn {k} before it" if turn > k else "comes twice")
+    return None
 
 
 def picture_sizes(record: Record, root: Path | None) -> list[tuple[int, int]]:

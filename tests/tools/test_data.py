@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image as PILImage
 
 from lightning_mmgen.data.sources import ToyboxSource, write_jsonl
 from lightning_mmgen.prompt import Box, Record
 from lightning_mmgen.tools.data import check, preview
-from lightning_mmgen.toybox.tasks import TASKS
+from lightning_mmgen.toybox.tasks import TASKS, edit_session
 
 SOURCE = ToyboxSource(dict.fromkeys(TASKS, 1.0), length=12)
 
@@ -68,6 +69,17 @@ def test_check_names_every_bad_row_and_goes_on(file: Path, capsys: pytest.Captur
     for line, (row, (_, reason)) in zip(bad, rows.items(), strict=True):
         assert line.startswith(f"{file}:{row}: {reason}")
     assert summary.startswith(f"{file}: 12 rows, 2 good, 10 bad; tasks: ")
+
+
+def test_check_finds_gaps_in_the_turns_of_a_session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = edit_session(np.random.default_rng(0), False, 4)
+    again = [replace(r, session="again") for r in (whole[1], whole[0], whole[1])]
+    file = write_jsonl([*(whole[k] for k in (3, 0, 1)), *again], tmp_path)
+    assert check(str(file)) == 1
+    first, second, summary = capsys.readouterr().out.splitlines()
+    assert first == f"{file}:1: turn 3 of session {whole[0].session!r} has no turn 2 before it"
+    assert second == f"{file}:6: turn 1 of session 'again' comes twice" and "6 good, 0 bad" in summary
+    assert check(str(write_jsonl(whole[::-1], tmp_path / "whole"))) == 0
 
 
 def test_check_of_a_file_without_a_good_row(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
