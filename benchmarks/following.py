@@ -1,6 +1,6 @@
 """Figures of record for instruction following and object consistency on the toybox.
 
-    python benchmarks/following.py [--runs DIR] [--seeds 1 2 3] [--count 256]
+    python benchmarks/following.py [--runs DIR] [--seeds 1 2 3] [--count 256] [--steps N]
 
 Trains ``experiments/instruct.yaml`` once a seed, and its controls once, then lets the oracle read the pictures that each model draws for
 the held-out instructions. Rows: the base on captions alone; before; after; each reference replaced by its words; references swapped at
@@ -77,11 +77,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/following"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--steps", type=int, help="of training; the experiment's own by default")
     args = parser.parse_args()
     shown, told = records({"subject": 1.0}, args.count), records({"caption": 1.0}, args.count)
     start = time.monotonic()
-    after = [load_module(train(args.runs, f"seed{s}", s)) for s in args.seeds]
-    swapped = load_module(train(args.runs, "swapped", args.seeds[0], "--data.init_args.train.init_args.swap_references=true"))
+    steps = [f"--trainer.max_steps={args.steps}"] if args.steps else []
+    after = [load_module(train(args.runs, f"seed{s}", s, *steps)) for s in args.seeds]
+    swapped = load_module(train(args.runs, "swapped", args.seeds[0], "--data.init_args.train.init_args.swap_references=true", *steps))
     base = lightning(["-c", str(ROOT / "experiments/instruct.yaml")], run=False).model
     base.configure_model()
     base.eval()

@@ -2,6 +2,7 @@
 
 from .clip_score import CLIPScoreEvaluation
 from .consistency_penalty import ConsistencyPenalty
+from .drift import DriftEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
 from .held_out import HeldOut, held_out, sample
@@ -15,6 +16,7 @@ __all__ = [
     "EMA",
     "CLIPScoreEvaluation",
     "ConsistencyPenalty",
+    "DriftEvaluation",
     "FollowingEvaluation",
     "HeldOut",
     "LastCheckpoint",

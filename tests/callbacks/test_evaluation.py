@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
-from lightning_mmgen.callbacks import EMA, FollowingEvaluation, PictureGrid, evaluation
+from lightning_mmgen.callbacks import EMA, FollowingEvaluation, PictureGrid, evaluation, held_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -125,3 +125,39 @@ def test_modes_weights_and_generators_are_as_they_were() -> None:
     with pytest.raises(KeyError), evaluation(trainer, module):
         raise KeyError
     assert module.training and torch.equal(module.layer.weight, weight) and torch.is_grad_enabled()
+
+
+EDITS = """
+data:
+  class_path: EditDataModule
+  init_args:
+    train: {class_path: ToyboxSource, init_args: {tasks: {edit: 1.0}, length: 8}}
+    held_out: {class_path: ToyboxSource, init_args: {tasks: {TASK: 1.0}, length: 6, held_out: true}}
+    target_size: 64
+    batch_size: 2
+"""
+
+
+def test_drift_is_that_of_the_held_out_pictures_outside_their_masks(experiment: Path, tmp_path: Path, large: list[str]) -> None:
+    (tmp_path / "edits.yaml").write_text(EDITS.replace("TASK", "edit"))
+    drift = {"class_path": "DriftEvaluation", "init_args": {"every": 2, "count": 6}}
+    cli, _ = fit(experiment, "drift", [drift], DROPOUT_ROWS, "-c", str(tmp_path / "edits.yaml"))
+    assert scalars("drift", "held_out/drift_mse") == [0, 2, 3]
+    records, pictures = held_out(cli.trainer, cli.model, 6)
+    errors = []
+    for record, picture in zip(records, pictures, strict=True):
+        keep = 1 - np.asarray(record.mask, np.float64) / 255
+        source = np.asarray(record.references[0].image, np.float64) / 255
+        drawn = (picture.permute(1, 2, 0).double().numpy() + 1) / 2
+        if keep.sum():
+            errors.append((((drawn - source) ** 2).mean(-1) * keep).sum() / keep.sum())
+    assert 0 < len(errors) < 6  # an edit of the whole picture has nothing outside
+    events = EventAccumulator(str(Path("runs") / "drift" / "version_0"))
+    events.Reload()
+    assert events.Scalars("held_out/drift_mse")[-1].value == pytest.approx(float(np.mean(errors)), rel=1e-4)
+
+
+def test_drift_without_an_edit_is_refused(experiment: Path, tmp_path: Path, large: list[str]) -> None:
+    (tmp_path / "edits.yaml").write_text(EDITS.replace("TASK", "caption"))
+    with pytest.raises(ValueError, match="DriftEvaluation: no held-out record is an edit"):
+        fit(experiment, "none", [{"class_path": "DriftEvaluation"}], DROPOUT_ROWS, "-c", str(tmp_path / "edits.yaml"))
