@@ -18,6 +18,8 @@ class CLIPScoreEvaluation(HeldOutCallback):
         model: any CLIP of ``transformers`` by name or folder.
     """
 
+    at_start = True
+
     def __init__(self, every: int = 0, count: int = 64, model: str = "toybox/clip") -> None:
         super().__init__(every, count)
         self.model = model
@@ -25,11 +27,6 @@ class CLIPScoreEvaluation(HeldOutCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.metric = CLIPSimilarity(self.model).to(pl_module.device)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0:  # not where a run goes on
-            self.look(trainer, pl_module)
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metric is not None

@@ -22,13 +22,10 @@ class DriftEvaluation(HeldOutCallback):
         count: held-out records; those that are no edit are left out, and so are edits of the whole picture.
     """
 
+    at_start = True
+
     def __init__(self, every: int = 0, count: int = 64) -> None:
         super().__init__(every, count)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if trainer.global_step == 0:  # not where a run goes on
-            self.look(trainer, pl_module)
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         records, pictures = held_out(trainer, pl_module, self.count)

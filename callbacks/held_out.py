@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -54,6 +54,9 @@ class HeldOutCallback(Callback, ABC):
         count: held-out instructions.
     """
 
+    at_start: ClassVar[bool] = False
+    """Whether it looks before the first step of a run too."""
+
     def __init__(self, every: int, count: int) -> None:
         self.every, self.count = every, count
         self.step = self.looked = -1
@@ -64,6 +67,8 @@ class HeldOutCallback(Callback, ABC):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
+        if self.at_start and trainer.global_step == 0:  # not where a run goes on
+            self.look(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step == self.step:

@@ -37,6 +37,10 @@ class Edit(NamedTuple):
     turn: Tensor
     shown: Tensor
 
+    def seen(self, source: Tensor) -> Tensor:
+        """The sources' latents [b, c, h, w] as the UNet gets them: zeros where it may not see one."""
+        return source * self.shown.view(-1, 1, 1, 1)
+
 
 class Batch(NamedTuple):
     """Samples of equal target size.

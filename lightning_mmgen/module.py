@@ -162,7 +162,7 @@ class MultimodalDiffusion(L.LightningModule):
         z_t = self.diffusion.add_noise(z0, noise, timesteps)
         condition = self.condition(batch)
         if source is not None and batch.edit is not None:
-            condition = condition._replace(source=source * batch.edit.shown.view(-1, 1, 1, 1))
+            condition = condition._replace(source=batch.edit.seen(source))
         height, width = batch.target.shape[-2:]
         prediction = self(z_t, timesteps, condition, (height, width))
         return DenoisingStep(
@@ -211,7 +211,7 @@ class MultimodalDiffusion(L.LightningModule):
         pipeline.set_progress_bar_config(disable=True)
         source = None
         if batch.edit is not None and takes_source(self.unet):
-            source = self.codec.encode(batch.edit.source) * batch.edit.shown.view(-1, 1, 1, 1)
+            source = batch.edit.seen(self.codec.encode(batch.edit.source))
         condition = pipeline.encode(batch.instructions, batch.markers, batch.references, batch.phrases, source)
         shown = None
         if self.sampler.image_guidance_scale is not None:

@@ -15,7 +15,7 @@ from PIL.Image import Image
 from scipy.ndimage import binary_fill_holes
 from tqdm import tqdm
 
-from ..data.images import FORMATS, locate_file, open_picture
+from ..data.images import FORMATS, locate_file, open_picture, other_aspect
 from ..prompt import Record, RecordError, Reference
 from .journal import Journal, Shard
 from .layouts import Columns, Dropped, Edit, Item, Layout, open_layout
@@ -174,12 +174,6 @@ class Importer:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
         return path.relative_to(self.out).as_posix()
-
-
-def other_aspect(a: tuple[int, int], b: tuple[int, int], most: float) -> bool:
-    """Whether the aspects of two sizes (width, height) differ by a ratio over ``most``."""
-    ratio = a[0] * b[1] / (a[1] * b[0])
-    return max(ratio, 1 / ratio) > most
 
 
 def edit_mask(cut: Image, source: Image) -> Image:

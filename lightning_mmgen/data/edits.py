@@ -12,7 +12,7 @@ from torch import Tensor
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError, Reference
 from .datamodule import MultimodalDataModule, Recipe, Sample, crop_square
-from .images import pixels
+from .images import other_aspect, pixels
 from .masks import difference_mask
 from .sources import Source
 
@@ -56,8 +56,7 @@ class EditRecipe(Recipe):
             return sample
         before = pixels(source_of(record).image, None, root)
         size, after = f"{before.shape[2]} x {before.shape[1]}", f"{target.shape[2]} x {target.shape[1]}"
-        ratio = before.shape[2] / before.shape[1] * target.shape[1] / target.shape[2]
-        if max(ratio, 1 / ratio) > self.max_aspect:
+        if other_aspect((before.shape[2], before.shape[1]), (target.shape[2], target.shape[1]), self.max_aspect):
             raise RecordError(f"source is {size}, target {after}: another aspect")
         source = self._fit(before)
         if record.mask is None:

@@ -109,6 +109,12 @@ def pixels(picture: Picture, side: int | None = None, root: Path | None = None) 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
+def other_aspect(a: tuple[int, int], b: tuple[int, int], most: float) -> bool:
+    """Whether the aspects of two sizes (width, height) differ by a ratio over ``most``."""
+    ratio = a[0] * b[1] / (a[1] * b[0])
+    return max(ratio, 1 / ratio) > most
+
+
 def square_around(size: tuple[int, int], edges: Sequence[Edges]) -> tuple[int, int, int, int]:
     """The largest square of a picture of this size (width, height), as near to the middle of these boxes, or else of the picture, as it can
     be: left, top, right, bottom in pixels."""

@@ -12,10 +12,8 @@ from ..models.clip import Clip
 from .mean import PictureMean
 
 
-class CLIPSimilarity(PictureMean):
-    """Mean cosine similarity of picture and caption (CLIP-T of DreamBooth, section 4.2), from any CLIP of ``transformers``.
-
-    Scores of different backbones are never compared.
+class CLIPMean(PictureMean):
+    """Base of the scores by any CLIP of ``transformers``. Scores of different backbones are never compared.
 
     Args:
         pretrained: hub name, folder, or ``toybox/clip``.
@@ -25,6 +23,10 @@ class CLIPSimilarity(PictureMean):
     def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
         super().__init__()
         self.clip = Clip(pretrained, tokenizer)
+
+
+class CLIPSimilarity(CLIPMean):
+    """Mean cosine similarity of picture and caption (CLIP-T of DreamBooth, section 4.2)."""
 
     def similarity(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine of each picture [b, 3, H, W] in [-1, 1] with its caption, [b]."""
@@ -58,18 +60,9 @@ class PickScore(CLIPSimilarity):
         return self.clip.model.logit_scale.exp() * super().similarity(square, captions)
 
 
-class DirectionalSimilarity(PictureMean):
+class DirectionalSimilarity(CLIPMean):
     """Mean cos(I1 - I0, T1 - T0) (Gal et al. 2021, equation 2, of vectors of length 1 as InstructPix2Pix has it): whether an edit moves
-    the picture as its captions move. 0 for a copy of the source, and for two equal captions.
-
-    Args:
-        pretrained: hub name, folder, or ``toybox/clip``.
-        tokenizer: the same for the tokenizer; the CLIP's own by default.
-    """
-
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
-        super().__init__()
-        self.clip = Clip(pretrained, tokenizer)
+    the picture as its captions move. 0 for a copy of the source, and for two equal captions."""
 
     def update(self, pictures: Tensor, sources: Tensor, captions: Sequence[str], source_captions: Sequence[str]) -> None:
         """Edited pictures and their sources, each [b, 3, H, W] in [-1, 1], and the captions of both."""
