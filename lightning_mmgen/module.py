@@ -1,59 +1,27 @@
-"""The LightningModule: encoder, adapter and UNet, wired; the step; the optimizer from the parameter table."""
+"""The LightningModule: encoder, adapter and UNet, wired, and the step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import lightning as L
 import torch
 from torch import Tensor
 
 from .batch import Batch, Condition
-from .checkpoint import AtomicCheckpointIO, trained_weights
 from .conditioning import Conditioner
-from .data.datamodule import MultimodalDataModule
 from .diffusion import ConditionDropout, Diffusion, drop_condition
-from .losses import DenoisingStep, LossTerm, diffusion_loss
+from .losses import DenoisingStep, diffusion_loss
 from .models.adapter import AdapterConfig
 from .models.codec import CodecConfig
 from .models.encoder import Encoder
-from .models.parameters import ParameterTable, Row
+from .models.parameters import Row
 from .models.references import ReferenceAttentionConfig, give_partial_pass
 from .models.unet import UNetConfig, denoise, pooled_features, takes_source
-from .optimizer import beside_parameters, make_optimizer
 from .pipeline import MultimodalPipeline, Sampler, without_words
+from .tuning import LRSchedule, TunedModule
 
 PARTS = ("encoder", "adapter", "unet", "reference_attention")
 
 
-@dataclass
-class LRSchedule:
-    """Factor on every row's rate, by optimizer step, whatever the number of devices and the accumulation.
-
-    Args:
-        warmup: optimizer steps of linear warm-up.
-        decay: ``constant`` after the warm-up, or ``cosine`` or ``linear`` to ``floor`` at the trainer's ``max_steps``.
-        floor: the factor at the end.
-    """
-
-    warmup: int = 0
-    decay: Literal["constant", "cosine", "linear"] = "constant"
-    floor: float = 0.0
-
-    def factor(self, step: int, max_steps: int) -> float:
-        """The factor at an optimizer step, counted from 0."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if self.decay == "constant":
-            return 1.0
-        done = min((step - self.warmup) / max(max_steps - self.warmup, 1), 1.0)
-        left = 1 - done if self.decay == "linear" else 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
-        return self.floor + (1 - self.floor) * left
-
-
-class MultimodalDiffusion(L.LightningModule):
+class MultimodalDiffusion(TunedModule):
     """An image generator that follows multimodal instructions.
 
     Args:
@@ -87,30 +55,16 @@ class MultimodalDiffusion(L.LightningModule):
         reference_attention: ReferenceAttentionConfig | None = None,
         start: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(parameters, schedule, betas, start)
         self.encoder = encoder
         self.parts = (adapter, unet, codec, reference_attention)
-        self.diffusion, self.condition_dropout, self.schedule, self.sampler, self.betas = (
-            diffusion,
-            condition_dropout,
-            schedule,
-            sampler,
-            betas,
-        )
-        self.table, self.start = ParameterTable(parameters), start
-        self.strict_loading = False  # checkpoints hold what is trained, and are compared with it by name
+        self.diffusion, self.condition_dropout, self.sampler = diffusion, condition_dropout, sampler
 
-    def configure_model(self) -> None:
-        """Build the parts and bring them under the parameter table; Lightning calls this where the weights are to live."""
-        if hasattr(self, "unet"):
-            return
+    def check(self) -> None:
         if self.encoder.device is not None and self._trainer and self._trainer.world_size > 1:
             raise ValueError(
                 f"encoder.device: {self.encoder.device} is for one process (trainer.devices: 1), not for {self._trainer.world_size}"
             )
-        self.build()
-        if self.start and self._trainer and not self._trainer.ckpt_path:
-            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
 
     def build(self, weights: bool = True) -> None:
         """Create encoder, UNet, adapter and codec; ``weights=False`` builds from configurations alone (on the meta device, say)."""
@@ -160,42 +114,25 @@ class MultimodalDiffusion(L.LightningModule):
             z0 = term.clean(batch, z0, source)
         noise, timesteps = draw.noise.to(z0.device), draw.timesteps.to(z0.device)
         z_t = self.diffusion.add_noise(z0, noise, timesteps)
-        condition = self.condition(batch)
-        if source is not None and batch.edit is not None:
-            condition = condition._replace(source=batch.edit.seen(source))
         height, width = batch.target.shape[-2:]
-        prediction = self(z_t, timesteps, condition, (height, width))
+        with self.watched():
+            condition = self.condition(batch)
+            if source is not None and batch.edit is not None:
+                condition = condition._replace(source=batch.edit.seen(source))
+            prediction = self(z_t, timesteps, condition, (height, width))
         return DenoisingStep(
             batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps), source
         )
 
-    def terms(self) -> list[LossTerm]:
-        """The trainer's callbacks that add to the loss."""
-        return [c for c in self._trainer.callbacks if isinstance(c, LossTerm)] if self._trainer else []  # type: ignore[attr-defined]
-
     def loss(self, step: DenoisingStep) -> dict[str, Tensor]:
         """The named terms of the loss, weighted; a subclass adds or replaces its own here."""
         target = self.diffusion.target(step.z0, step.noise, step.timesteps)
-        terms = {"diffusion": diffusion_loss(step.prediction, target, self.diffusion.weight(step.timesteps))}
-        for callback in self.terms():
-            terms |= {name: callback.weight * term for name, term in callback.compute(step).items()}
-        return terms
+        return {"diffusion": diffusion_loss(step.prediction, target, self.diffusion.weight(step.timesteps))} | self.added(step)
 
     def training_step(self, batch: Batch | None, batch_idx: int) -> Tensor | None:
         if batch is None:  # every row of it was bad; counted and listed by the data module
             return None
-        terms = self.loss(self.denoising_step(batch))
-        total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):  # before it reaches the weights
-            values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
-            raise ValueError(f"loss is {total.item():g} at step {self.global_step} (terms: {values}; rows: {', '.join(batch.ids)})")
-        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=batch.size)
-        self.log("loss", total.detach(), prog_bar=True, batch_size=batch.size)
-        return total
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if isinstance(data := getattr(self.trainer, "datamodule", None), MultimodalDataModule):
-            self.log("data/bad_rows", float(len(data.bad)))
+        return self.total(self.loss(self.denoising_step(batch)), batch.size, batch.ids)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         total = torch.stack(list(self.loss(self.denoising_step(batch)).values())).sum()
@@ -219,49 +156,6 @@ class MultimodalDiffusion(L.LightningModule):
         noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
         height, width = batch.target.shape[-2:]
         return pipeline.draw(condition, height=height, width=width, generator=noise, shown=shown)
-
-    # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
-
-    def configure_optimizers(self) -> Any:
-        """One group a trained row, and the schedule in optimizer steps."""
-        fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
-        optimizer = make_optimizer(self.table.groups(), self.betas, fused)
-        steps = self.trainer.max_steps
-        if self.schedule.decay != "constant" and steps < 1:
-            raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: self.schedule.factor(i, steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_train_start(self) -> None:
-        for optimizer in self.trainer.optimizers:
-            beside_parameters(optimizer)
-
-    def trainable(self) -> dict[str, Tensor]:
-        """What is trained, by name."""
-        return {n: p for n, p in self.named_parameters() if p.requires_grad}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = self.trainable()
-        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in names}
-
-    def load_trained(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what the checkpoint's run has trained, averaged where it kept an average; the rest of its state stays behind.
-
-        Raises:
-            ValueError: the checkpoint is of another parameter table.
-        """
-        self.on_load_checkpoint(checkpoint)
-        weights = {n: w.to(self.get_parameter(n).dtype) for n, w in trained_weights(checkpoint).items()}
-        self.load_state_dict(weights, strict=False)
-
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        saved, here = set(checkpoint["state_dict"]), set(self.trainable())
-        if saved != here:
-            name = sorted(saved ^ here)[0]
-            where = "the checkpoint" if name in saved else "this parameter table"
-            raise ValueError(
-                f"the checkpoint is of another parameter table: {len(saved ^ here)} tensors differ, first {name}, trained only in {where}"
-            )
 
 
 class SampleNoise:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -40,6 +42,10 @@ class LossTerm(Callback, ABC):
     def clean(self, batch: Batch, z0: Tensor, source: Tensor | None) -> Tensor:
         """The latents that the step noises and the UNet is to find, in place of ``z0``; a term that changes them says so here."""
         return z0
+
+    def watching(self, module: LightningModule) -> AbstractContextManager[None]:
+        """Open around the forward pass of each step, for a term that looks into it."""
+        return nullcontext()
 
     @abstractmethod
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:

@@ -1,0 +1,162 @@
+"""What every LightningModule here shares: the parameter table, terms of the loss, the optimizer, checkpoints of what is trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .checkpoint import AtomicCheckpointIO, trained_weights
+from .data.datamodule import MultimodalDataModule
+from .losses import DenoisingStep, LossTerm
+from .models.parameters import ParameterTable, Row
+from .optimizer import beside_parameters, make_optimizer
+
+
+@dataclass
+class LRSchedule:
+    """Factor on every row's rate, by optimizer step, whatever the number of devices and the accumulation.
+
+    Args:
+        warmup: optimizer steps of linear warm-up.
+        decay: ``constant`` after the warm-up, or ``cosine`` or ``linear`` to ``floor`` at the trainer's ``max_steps``.
+        floor: the factor at the end.
+    """
+
+    warmup: int = 0
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    floor: float = 0.0
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """The factor at an optimizer step, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.decay == "constant":
+            return 1.0
+        done = min((step - self.warmup) / max(max_steps - self.warmup, 1), 1.0)
+        left = 1 - done if self.decay == "linear" else 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
+        return self.floor + (1 - self.floor) * left
+
+
+class TunedModule(L.LightningModule, ABC):
+    """A LightningModule whose parts train by rows of a parameter table.
+
+    A subclass builds its parts in :meth:`build`, and there brings them under the table.
+
+    Args:
+        parameters: the parameter table; every parameter falls under exactly one row.
+        schedule: warm-up and decay of all learning rates.
+        betas: of AdamW; Adafactor takes the first.
+        start: a checkpoint whose trained weights a fit begins from, with a new optimizer and a new count of steps (MUMU's stage 2 after
+            its stage 1); it has the same parameter table.
+    """
+
+    def __init__(self, parameters: Sequence[Row], schedule: LRSchedule, betas: tuple[float, float], start: str | None) -> None:
+        super().__init__()
+        self.table, self.schedule, self.betas, self.start = ParameterTable(parameters), schedule, betas, start
+        self.strict_loading = False  # checkpoints hold what is trained, and are compared with it by name
+
+    def configure_model(self) -> None:
+        """Build the parts and bring them under the parameter table; Lightning calls this where the weights are to live."""
+        if self.table.states:
+            return
+        self.check()
+        self.build()
+        if self.start and self._trainer and not self._trainer.ckpt_path:
+            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
+
+    def check(self) -> None:
+        """Raises: ValueError: the trainer cannot train this; asked before anything is built."""
+
+    @abstractmethod
+    def build(self, weights: bool = True) -> None:
+        """Create the parts and bring them under the table; ``weights=False`` builds from configurations alone (on the meta device, say)."""
+
+    # -- the loss ------------------------------------------------------------------------------------------------------------
+
+    def terms(self) -> list[LossTerm]:
+        """The trainer's callbacks that add to the loss."""
+        return [c for c in self._trainer.callbacks if isinstance(c, LossTerm)] if self._trainer else []  # type: ignore[attr-defined]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Terms of the loss that look into the forward pass do so within this block."""
+        with ExitStack() as stack:
+            for term in self.terms():
+                stack.enter_context(term.watching(self))
+            yield
+
+    def added(self, step: DenoisingStep) -> dict[str, Tensor]:
+        """What the terms of the loss add in a step, by name, weighted."""
+        return {name: term.weight * value for term in self.terms() for name, value in term.compute(step).items()}
+
+    def total(self, terms: dict[str, Tensor], size: int, rows: Sequence[str]) -> Tensor:
+        """The sum of the loss's terms, logged with them.
+
+        Args:
+            size: samples of the batch.
+            rows: their names.
+
+        Raises:
+            ValueError: it is no number; before it reaches the weights.
+        """
+        total = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(total):
+            values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
+            raise ValueError(f"loss is {total.item():g} at step {self.global_step} (terms: {values}; rows: {', '.join(rows)})")
+        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=size)
+        self.log("loss", total.detach(), prog_bar=True, batch_size=size)
+        return total
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if isinstance(data := getattr(self.trainer, "datamodule", None), MultimodalDataModule):
+            self.log("data/bad_rows", float(len(data.bad)))
+
+    # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """One group a trained row, and the schedule in optimizer steps."""
+        fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
+        optimizer = make_optimizer(self.table.groups(), self.betas, fused)
+        steps = self.trainer.max_steps
+        if self.schedule.decay != "constant" and steps < 1:
+            raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: self.schedule.factor(i, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        for optimizer in self.trainer.optimizers:
+            beside_parameters(optimizer)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """What is trained, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = self.trainable()
+        checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in names}
+
+    def load_trained(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what the checkpoint's run has trained, averaged where it kept an average; the rest of its state stays behind.
+
+        Raises:
+            ValueError: the checkpoint is of another parameter table.
+        """
+        self.on_load_checkpoint(checkpoint)
+        weights = {n: w.to(self.get_parameter(n).dtype) for n, w in trained_weights(checkpoint).items()}
+        self.load_state_dict(weights, strict=False)
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        saved, here = set(checkpoint["state_dict"]), set(self.trainable())
+        if saved != here:
+            name = sorted(saved ^ here)[0]
+            where = "the checkpoint" if name in saved else "this parameter table"
+            raise ValueError(
+                f"the checkpoint is of another parameter table: {len(saved ^ here)} tensors differ, first {name}, trained only in {where}"
+            )
