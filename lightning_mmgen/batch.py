@@ -75,6 +75,33 @@ class Batch(NamedTuple):
         return len(self.instructions)
 
 
+class QuestionBatch(NamedTuple):
+    """Questions about pictures, and their answers.
+
+    Attributes:
+        instructions: b questions with ``[ref#k]`` markers, as the records have them: not yet in the words of a model's chat template.
+        markers: for each question, the markers of its pictures in the order of their slots.
+        references: one group a picture size.
+        answers: b texts.
+        ids: b names of the rows.
+        seed: [b] int64, from which all that is random about a sample is drawn.
+        targets: for each question, where its words look: word -> map [s, s] in [0, 1] of its first picture; None where the data have none.
+    """
+
+    instructions: list[str]
+    markers: list[list[int]]
+    references: list[PackedImages]
+    answers: list[str]
+    ids: list[str]
+    seed: Tensor
+    targets: list[dict[str, Tensor]] | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of samples b."""
+        return len(self.instructions)
+
+
 class Span(NamedTuple):
     """The rows ``start <= i < end`` of a token sequence that hold one reference's picture."""
 

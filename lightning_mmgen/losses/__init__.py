@@ -3,9 +3,10 @@
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
 from .diffusion import diffusion_loss
 from .schedule import LinearSchedule
-from .term import DenoisingStep, LossTerm
+from .term import AnsweringStep, DenoisingStep, LossTerm
 
 __all__ = [
+    "AnsweringStep",
     "DenoisingStep",
     "LinearSchedule",
     "LossTerm",

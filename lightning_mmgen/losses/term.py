@@ -10,7 +10,8 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from ..batch import Batch, Condition
+from ..batch import Batch, Condition, QuestionBatch
+from ..models.encoder import Prompts
 
 
 class DenoisingStep(NamedTuple):
@@ -25,6 +26,24 @@ class DenoisingStep(NamedTuple):
     prediction: Tensor
     z0_hat: Tensor
     source: Tensor | None = None
+
+
+class AnsweringStep(NamedTuple):
+    """What one step of a VLM's fine-tuning knows.
+
+    Attributes:
+        batch: the questions.
+        prompts: prompts and answers, as the language model has read them.
+        tokens: [b, n], their token ids.
+        answered: [b, n], True for the tokens of the answer; token i is predicted in row i - 1.
+        logits: [b, n, vocabulary]; zeros where the prompts were packed and a token is padding.
+    """
+
+    batch: QuestionBatch
+    prompts: Prompts
+    tokens: Tensor
+    answered: Tensor
+    logits: Tensor
 
 
 class LossTerm(Callback, ABC):
