@@ -32,14 +32,28 @@ class Place(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Prompts as the language model reads them: inputs [b, n, d], their mask [b, n] (right-padded), the spans of the references by slot,
-    every place where a picture stands, from left to right, and the lengths of the prompts in tokens."""
+    """Prompts as the language model reads them.
+
+    Attributes:
+        inputs: [b, n, d].
+        mask: [b, n], True where a token is real; right-padded.
+        spans: of the references, by slot.
+        places: every place where a picture stands among the n tokens, from left to right.
+        lengths: of the prompts, in tokens.
+        tokens: [b, n], their ids.
+        columns: where each picture's patches lie among what attention looks at, from left to right: ``places``, but for a model that
+            sees ``pictures``.
+        pictures: [b, m, d], what a language model sees by cross-attention alone; zeros are padding. None for one that reads its pictures.
+    """
 
     inputs: Tensor
     mask: Tensor
     spans: list[list[Span]]
     places: list[list[Place]]
     lengths: list[int]
+    tokens: Tensor
+    columns: list[list[Place]]
+    pictures: Tensor | None = None
 
 
 class Encoder(nn.Module, ABC):
@@ -111,9 +125,12 @@ class Encoder(nn.Module, ABC):
             self._config = AutoConfig.from_pretrained(locate(self.pretrained))
         return self._config
 
-    def build(self, weights: bool = True) -> None:
+    def build(self, weights: bool = True) -> nn.Module:
         """Create the parts: from pretrained weights, on the encoder's device or else the default one; or (``weights=False``) from the
         configuration alone, on the default device and not quantised.
+
+        Returns:
+            The model's output head, hidden states -> scores of the next token; it is no part of the encoder.
 
         Raises:
             ValueError: the model is of another architecture, the device is not here, or bitsandbytes is not.
@@ -131,9 +148,10 @@ class Encoder(nn.Module, ABC):
         )
         self.adopt(model.model)
         if not weights:
-            return
+            return model.lm_head  # type: ignore[no-any-return]
         self.is_loaded_in_4bit, self.is_loaded_in_8bit = self.quantization == "nf4", self.quantization == "int8"
         keep_backward(self.language)
+        return model.lm_head  # type: ignore[no-any-return]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Encoder:
         """With a device of its own, the encoder takes on another dtype, but does not move with what it is part of."""
@@ -201,11 +219,20 @@ class Encoder(nn.Module, ABC):
         rows, columns = self.grid_of(height, width)
         return rows * columns
 
-    def tokenise(self, instruction: str, markers: list[int], counts: list[int]) -> tuple[list[int], list[Span]]:
+    def counts(self, markers: list[list[int]], references: list[PackedImages]) -> list[list[int]]:
+        """Tokens of each reference of b prompts, by slot."""
+        counts = [[0] * len(marks) for marks in markers]
+        for group in references:
+            for b, slot in zip(group.sample.tolist(), group.slot.tolist(), strict=True):
+                counts[b][slot] = self.tokens_of(*group.pixels.shape[-2:])
+        return counts
+
+    def tokenise(self, instruction: str, markers: list[int], counts: list[int], special: bool = False) -> tuple[list[int], list[Span]]:
         """One prompt as token ids, each marker replaced by its picture's tokens; and where each picture's tokens lie.
 
         Args:
             counts: tokens of each reference, by slot.
+            special: whether a special token's name in the text is that token (a chat template's), and not its letters.
 
         Raises:
             RecordError: the prompt is longer than ``max_tokens``.
@@ -216,7 +243,7 @@ class Encoder(nn.Module, ABC):
         spans: dict[int, Span] = {}
         for text, slot in split(instruction, markers):
             if slot is None:
-                ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids  # "<image>" in it is no picture
+                ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special).input_ids  # "<image>" is no picture
                 continue
             before, after = self.spell(counts[slot])
             ids += self.tokenizer(before, add_special_tokens=False).input_ids
@@ -227,8 +254,8 @@ class Encoder(nn.Module, ABC):
             raise RecordError(f"the prompt has {len(ids)} tokens, more than max_tokens={self.max_tokens}: {instruction[:60]!r}")
         return ids, [spans[k] for k in range(len(counts))]
 
-    def embed(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages]) -> Prompts:
-        """What the language model reads: words, and in the markers' places the pictures' tokens."""
+    def embed(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages], special: bool = False) -> Prompts:
+        """What the language model reads: words, and in the markers' places the pictures' tokens. ``special``: see :meth:`tokenise`."""
         device = next(self.language.parameters()).device
         features: dict[tuple[int, int], Tensor] = {}
         grids: dict[tuple[int, int], tuple[int, int]] = {}
@@ -237,22 +264,36 @@ class Encoder(nn.Module, ABC):
             for i, key in enumerate(zip(group.sample.tolist(), group.slot.tolist(), strict=True)):
                 features[key] = images[i]
                 grids[key] = self.grid_of(*group.pixels.shape[-2:])
-        rows, spans = [], []
-        for b, (text, marks) in enumerate(zip(instructions, markers, strict=True)):
-            ids, where = self.tokenise(text, marks, [features[b, k].shape[0] for k in range(len(marks))])
-            rows.append(ids)
-            spans.append(where)
+        given = zip(instructions, markers, self.counts(markers, references), strict=True)
+        rows, spans = zip(*(self.tokenise(text, marks, counts, special) for text, marks, counts in given), strict=True)
         lengths = [len(ids) for ids in rows]
-        padded = torch.tensor([r + [self.tokenizer.pad_token_id] * (max(lengths) - len(r)) for r in rows], device=device)
+        tokens = torch.tensor([r + [self.tokenizer.pad_token_id] * (max(lengths) - len(r)) for r in rows], device=device)
         mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
-        inputs = self.language.get_input_embeddings()(padded)  # type: ignore[operator]
+        inputs = self.language.get_input_embeddings()(tokens)  # type: ignore[operator]
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        shown = [[s for _, s in split(t, m) if s is not None] for t, m in zip(instructions, markers, strict=True)]  # slots, left to right
-        if features:
-            order = torch.cat([features[b, s] for b, slots in enumerate(shown) for s in slots])
-            inputs = inputs.masked_scatter((padded == image_id).unsqueeze(-1), order.to(inputs.dtype))
-        places = [_places(ids, image_id, [grids[b, s] for s in shown[b]]) for b, ids in enumerate(rows)]
-        return Prompts(inputs, mask, spans, places, lengths)
+        slots = [[s for _, s in split(t, m) if s is not None] for t, m in zip(instructions, markers, strict=True)]  # left to right
+        shown = [[grids[b, s] for s in of] for b, of in enumerate(slots)]
+        places = [_places(ids, image_id, [self.cells(grid) for grid in of]) for ids, of in zip(rows, shown, strict=True)]
+        prompts = Prompts(inputs, mask, list(spans), places, lengths, tokens, places)
+        return self.show(prompts, tokens == image_id, [[features[b, s] for s in of] for b, of in enumerate(slots)], shown)
+
+    def cells(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of a picture's tokens in the text."""
+        return grid
+
+    def show(self, prompts: Prompts, at: Tensor, pictures: list[list[Tensor]], grids: list[list[tuple[int, int]]]) -> Prompts:
+        """The prompts with their pictures in them.
+
+        Args:
+            prompts: their words.
+            at: [b, n], True where a picture's tokens are to stand.
+            pictures: what :meth:`embed_images` made of each, from left to right.
+            grids: how these lie.
+        """
+        if not any(pictures):
+            return prompts
+        order = torch.cat([image for of in pictures for image in of])
+        return prompts._replace(inputs=prompts.inputs.masked_scatter(at.unsqueeze(-1), order.to(prompts.inputs.dtype)))
 
     def read(self, prompts: Prompts) -> Tensor:
         """The last hidden states [b, n, d]."""

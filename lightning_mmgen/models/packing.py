@@ -80,7 +80,7 @@ def language_attention(
             mask = q.new_ones(n, n, dtype=torch.bool).tril().triu(1 - sliding_window)[None, None]
         return sdpa_attention_forward(module, q, k, v, mask, **settings)[0]  # type: ignore[no-any-return]
 
-    return by_sample(attend, query, key, value, lengths or [query.shape[2]], 1), None
+    return (by_sample(attend, query, key, value, lengths, 1) if lengths else attend(query, key, value)), None
 
 
 def language_mask(attention_mask: Tensor | None = None, **settings: Any) -> Tensor | None:

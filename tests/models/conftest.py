@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from lightning_mmgen.models.encoder import Encoder
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
@@ -64,6 +72,26 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mllama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiles of 16 px in patches of 4, at most two of them; the second of three layers attends to pictures."""
+    folder = tmp_path_factory.mktemp("mllama")
+    tokenizer = save_tokenizer(folder, "<|image|>")
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2, **WIDE}
+    vision |= {"image_size": 16, "patch_size": 4, "max_num_tiles": 2, "intermediate_layers_indices": [0, 1], "vision_output_dim": 48}
+    vision |= {"supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1], "rope_parameters": rope}
+    config = MllamaConfig(vision_config=vision, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"))
+    torch.manual_seed(0)
+    model = MllamaForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if "gate" in name:  # else they are closed, and pictures do not show
+            parameter.data.fill_(0.7)
+    model.save_pretrained(folder)
     return folder
 
 

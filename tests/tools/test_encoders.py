@@ -11,5 +11,6 @@ def test_every_encoder_is_listed_with_its_weights_and_tokens(capsys: pytest.Capt
     assert [line.split()[:3] for line in lines[1:]] == [
         ["Idefics2Encoder", "HuggingFaceM4/idefics2-8b", "324"],
         ["LlavaEncoder", "llava-hf/llava-1.5-7b-hf", "576"],
+        ["MllamaEncoder", "meta-llama/Llama-3.2-11B-Vision-Instruct", "1600"],
         ["Qwen25VLEncoder", "Qwen/Qwen2.5-VL-7B-Instruct", "324"],
     ]
