@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .checkpoint import AtomicCheckpointIO, trained_weights
 from .data.datamodule import MultimodalDataModule
-from .losses import DenoisingStep, LossTerm
+from .losses import AnsweringStep, DenoisingStep, LossTerm
 from .models.parameters import ParameterTable, Row
 from .optimizer import beside_parameters, make_optimizer
 
@@ -92,7 +92,7 @@ class TunedModule(L.LightningModule, ABC):
                 stack.enter_context(term.watching(self))
             yield
 
-    def added(self, step: DenoisingStep) -> dict[str, Tensor]:
+    def added(self, step: DenoisingStep | AnsweringStep) -> dict[str, Tensor]:
         """What the terms of the loss add in a step, by name, weighted."""
         return {name: term.weight * value for term in self.terms() for name, value in term.compute(step).items()}
 

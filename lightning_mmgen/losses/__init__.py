@@ -2,6 +2,7 @@
 
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
 from .diffusion import diffusion_loss
+from .language import language_loss
 from .schedule import LinearSchedule
 from .term import AnsweringStep, DenoisingStep, LossTerm
 
@@ -15,6 +16,7 @@ __all__ = [
     "diffusion_loss",
     "earlier",
     "identity",
+    "language_loss",
     "latent_mask",
     "outside",
     "snr_weight",

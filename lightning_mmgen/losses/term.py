@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
@@ -67,5 +67,5 @@ class LossTerm(Callback, ABC):
         return nullcontext()
 
     @abstractmethod
-    def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
-        """The terms, each a scalar, unweighted."""
+    def compute(self, step: Any) -> dict[str, Tensor]:
+        """The terms, each a scalar, unweighted; the step is of the kind that the module takes."""

@@ -20,6 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..batch import pack
 from ..data.images import pixels
+from ..losses import language_loss
+from ..models.chat import following
 from ..models.encoder import Prompts, clip_normalised
 from ..models.idefics2 import Idefics2Encoder
 from ..models.weights import locate
@@ -331,20 +333,11 @@ class VLMPretraining(RecordPretraining):
         references = pack([[pixels(ref.image, side if r.task in PORTRAITS else None) for ref in r.references] for r in records])
         prompts = self.encoder.embed(full, markers, references)
         hidden = self.encoder.read(prompts)
-        labels = torch.full(prompts.mask.shape, -100)
-        sizes = {
-            (int(s), int(k)): self.encoder.tokens_of(*g.pixels.shape[-2:])
-            for g in references
-            for s, k in zip(g.sample, g.slot, strict=True)
-        }
-        for b, (record, text) in enumerate(zip(records, texts, strict=True)):
-            count = [sizes[b, k] for k in range(len(markers[b]))]
-            ids, _ = self.encoder.tokenise(full[b], markers[b], count)
-            start = len(self.encoder.tokenise(text, markers[b], count)[0]) if record.answer else 1
-            labels[b, start : len(ids)] = torch.tensor(ids[start:])
-        logits = self.net.lm_head(hidden[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
-        right, told = logits.argmax(-1) == labels[:, 1:], labels[:, 1:] >= 0
+        begun = [text if r.answer else "" for text, r in zip(texts, records, strict=True)]
+        told = following(self.encoder, prompts, begun, markers, references)
+        logits = self.net.lm_head(hidden)
+        loss = language_loss(logits, prompts.tokens, told)
+        right, told = logits[:, :-1].argmax(-1) == prompts.tokens[:, 1:], told[:, 1:]
         asked = torch.tensor([r.answer is not None for r in records])
         if asked.any():
             self.log("accuracy/answers", right[asked][told[asked]].float().mean())
