@@ -1,11 +1,13 @@
 """Lightning callbacks, one a file; installed as ``lightning_mmgen.callbacks``."""
 
+from .answers import AnswerEvaluation
 from .clip_score import CLIPScoreEvaluation
 from .consistency_penalty import ConsistencyPenalty
 from .drift import DriftEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
 from .held_out import HeldOut, held_out, sample
+from .language import LanguageEvaluation
 from .last_checkpoint import LastCheckpoint
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
@@ -14,11 +16,13 @@ from .run_card import RunCard
 
 __all__ = [
     "EMA",
+    "AnswerEvaluation",
     "CLIPScoreEvaluation",
     "ConsistencyPenalty",
     "DriftEvaluation",
     "FollowingEvaluation",
     "HeldOut",
+    "LanguageEvaluation",
     "LastCheckpoint",
     "PictureGrid",
     "PictureWriter",

@@ -43,6 +43,8 @@ class FollowingEvaluation(HeldOutCallback):
 
     def table(self) -> str:
         """Before and after, with 95 % confidence intervals."""
+        if not self.after:
+            return ""
         lines = [f"{'held-out instructions: ' + str(self.count):<28}{'before':>16}{'after':>16}"]
         names = {
             "following": "instruction following",

@@ -65,6 +65,10 @@ class HeldOutCallback(Callback, ABC):
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the callback does with the pictures of this step."""
 
+    def table(self) -> str:
+        """What it has found, before and after, for the end of a run; "" for nothing."""
+        return ""
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
         if self.at_start and trainer.global_step == 0:  # not where a run goes on

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mmgen.data.sources import Source
 
-from .following import FollowingEvaluation
+from .held_out import HeldOutCallback
 from .picture_grid import PictureGrid
 
 PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "omegaconf", "jsonargparse")
@@ -69,8 +69,8 @@ class RunCard(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         lines = []
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, FollowingEvaluation) and callback.after:
-                lines.append(callback.table())
+            if isinstance(callback, HeldOutCallback) and (table := callback.table()):
+                lines.append(table)
             if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
                 lines.append(f"checkpoint  {callback.last_model_path}")
             if isinstance(callback, PictureGrid) and callback.path:

@@ -125,6 +125,14 @@ class VisualInstructionTuning(TunedModule):
             prompts = self._grown(prompts, chosen)
         return [self.chat.spoken(self._text(ids)) for ids in said]
 
+    def language_score(self, texts: list[str]) -> tuple[float, int]:
+        """The sum of -log p over the tokens of texts by themselves, and how many these are."""
+        nothing: list[list[int]] = [[] for _ in texts]
+        prompts = self.encoder.embed(texts, nothing, [])
+        said = following(self.encoder, prompts, [""] * len(texts), nothing, [])
+        count = int(said.sum())
+        return float(language_loss(self(prompts), prompts.tokens, said)) * count, count
+
     def _text(self, ids: list[int]) -> str:
         return str(self.encoder.tokenizer.decode(ids, skip_special_tokens=False))
 

@@ -17,15 +17,18 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 import lightning_mmgen.callbacks as callbacks
 
+from .answering import VisualInstructionTuning
 from .checkpoint import AtomicCheckpointIO
 from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
 from .data.edits import EditDataModule
 from .data.instructions import InstructionDataModule
+from .data.questions import VQADataModule
 from .data.retrieval import RetrievalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
 from .models.encoder import encoders
 from .module import MultimodalDiffusion
+from .tuning import TunedModule
 
 SHORT_NAMES = (
     *encoders(),
@@ -38,6 +41,8 @@ SHORT_NAMES = (
     InstructionDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,
+    VisualInstructionTuning,
+    VQADataModule,
 )  # imported: class_path may be the bare name
 ALLOWED = ["lightning_mmgen", "lightning", "torch"]  # what a YAML may import, beside the working directory's own modules
 
@@ -104,13 +109,13 @@ def one_line(error: BaseException) -> str:
     return " ".join(telling)[:400] or type(error).__name__
 
 
-def read_model(config: Path) -> MultimodalDiffusion:
+def read_model(config: Path) -> TunedModule:
     """The unbuilt module of a run's resolved ``config.yaml``."""
     import yaml
 
     _trust_here()
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(MultimodalDiffusion, "model", required=True)
+    parser.add_subclass_arguments(TunedModule, "model", required=True)
     model = parser.parse_object({"model": yaml.safe_load(config.read_text())["model"]})
     return parser.instantiate(model).model  # type: ignore[no-any-return]
 

@@ -25,13 +25,23 @@ class LRSchedule:
 
     Args:
         warmup: optimizer steps of linear warm-up.
-        decay: ``constant`` after the warm-up, or ``cosine`` or ``linear`` to ``floor`` at the trainer's ``max_steps``.
+        decay: ``constant`` after the warm-up, or ``cosine`` or ``linear`` to ``floor`` at the trainer's ``max_steps``, or ``step``: times
+            ``gamma`` after ``every`` optimizer steps (torch's StepLR; of an epoch, say).
         floor: the factor at the end.
+
+    Raises:
+        ValueError: ``step`` without ``every``.
     """
 
     warmup: int = 0
-    decay: Literal["constant", "cosine", "linear"] = "constant"
+    decay: Literal["constant", "cosine", "linear", "step"] = "constant"
     floor: float = 0.0
+    gamma: float = 0.85
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay == "step" and (self.every is None or self.every < 1):
+            raise ValueError("schedule.decay: step needs schedule.every, in optimizer steps")
 
     def factor(self, step: int, max_steps: int) -> float:
         """The factor at an optimizer step, counted from 0."""
@@ -39,6 +49,8 @@ class LRSchedule:
             return (step + 1) / self.warmup
         if self.decay == "constant":
             return 1.0
+        if self.every is not None and self.decay == "step":
+            return float(self.gamma ** (step // self.every))
         done = min((step - self.warmup) / max(max_steps - self.warmup, 1), 1.0)
         left = 1 - done if self.decay == "linear" else 0.5 * (1 + float(torch.cos(torch.tensor(done * torch.pi))))
         return self.floor + (1 - self.floor) * left
@@ -125,7 +137,7 @@ class TunedModule(L.LightningModule, ABC):
         fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
         optimizer = make_optimizer(self.table.groups(), self.betas, fused)
         steps = self.trainer.max_steps
-        if self.schedule.decay != "constant" and steps < 1:
+        if self.schedule.decay in ("cosine", "linear") and steps < 1:
             raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: self.schedule.factor(i, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

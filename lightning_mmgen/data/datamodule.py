@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -98,7 +98,7 @@ def crop_square(picture: Tensor, side: int) -> Tensor:
     return torch.nn.functional.interpolate(centre[None], (side, side), mode="bicubic", antialias=True)[0].clamp(-1, 1)
 
 
-class RecordDataset(Dataset["Sample | BadRow"]):
+class RecordDataset(Dataset[Any]):
     """Samples by :class:`Position`. A bad row comes out as :class:`BadRow`, never as another row."""
 
     def __init__(self, source: Source, recipe: Recipe, seed: int) -> None:
@@ -107,7 +107,7 @@ class RecordDataset(Dataset["Sample | BadRow"]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, position: Position) -> Sample | BadRow:  # type: ignore[override]
+    def __getitem__(self, position: Position) -> Any:
         try:
             record = self.source.record(position.index, position.epoch)
             record = record if record.id else replace(record, id=self.source.name(*position))
@@ -211,6 +211,8 @@ class MultimodalDataModule(L.LightningDataModule):
     toybox: ClassVar[dict[str, Any]] = {"tasks": {"subject": 0.85, "caption": 0.15}}
     toybox_held_out: ClassVar[dict[str, Any]] = {"tasks": {"subject": 1.0}, "length": 256}
     """What :class:`ToyboxSource` is told where the data are ``toybox``."""
+    collate: ClassVar[Callable[..., Any]] = staticmethod(collate)
+    """Makes a batch of samples, and lists the rows that it had to leave out."""
 
     def __init__(
         self,
@@ -284,7 +286,7 @@ class MultimodalDataModule(L.LightningDataModule):
             RecordDataset(source, recipe, self.seed),
             batch_sampler=sampler,
             num_workers=self.workers,
-            collate_fn=collate,
+            collate_fn=self.collate,
             persistent_workers=self.workers > 0,
             generator=torch.Generator(),  # else each epoch takes a number from the process's own, which a resume would not
         )
@@ -309,7 +311,7 @@ class MultimodalDataModule(L.LightningDataModule):
 
     # -- bad rows, position ---------------------------------------------------------------------------------------------------
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Batch | None:
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         good, bad = batch
         if self.trainer and not self.trainer.training:
             if bad:

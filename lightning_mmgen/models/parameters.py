@@ -90,16 +90,16 @@ class ParameterTable:
     """Applies rows to a module: freezes, adds LoRA through PEFT, sets dtypes, and groups what is trained.
 
     Args:
-        rows: the table; a row ``codec: frozen`` is added where none covers it.
+        rows: the table; a row ``codec: frozen`` is added where none covers it, for a module that has one.
 
     Raises:
         ValueError: two rows with one pattern.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = list(rows)
+        self.rows, self._codec = list(rows), Row("codec", "frozen")
         if not any(r.match.split(".")[0] == "codec" for r in rows):
-            self.rows.append(Row("codec", "frozen"))
+            self.rows.append(self._codec)
         names = [r.match for r in self.rows]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"parameter row {twice[0]!r} is given twice")
@@ -131,6 +131,7 @@ class ParameterTable:
         """
         names = [n for n, _ in root.named_parameters()]
         held = {id(self.row_of(n)) for n in names}
+        self.rows = [row for row in self.rows if row is not self._codec or id(row) in held]
         for row in self.rows:
             if id(row) not in held:
                 raise ValueError(

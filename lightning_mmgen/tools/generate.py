@@ -8,14 +8,29 @@ from pathlib import Path
 
 import torch
 
+from ..answering import VisualInstructionTuning
 from ..checkpoint import AtomicCheckpointIO
 from ..module import MultimodalDiffusion
 from ..pipeline import MultimodalPipeline
 from ..prompt import MultimodalPrompt, Reference
+from ..tuning import TunedModule
 from .export import export
+from .export_vlm import export_vlm
 
 
 def load_module(ckpt: str | Path) -> MultimodalDiffusion:
+    """The image generator of a checkpoint, see :func:`load`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    module = load(ckpt)
+    if not isinstance(module, MultimodalDiffusion):
+        raise ValueError(f"{ckpt}: a {type(module).__name__} draws no pictures")
+    return module
+
+
+def load(ckpt: str | Path) -> TunedModule:
     """The module of a checkpoint, with its averaged weights where the run kept an average.
 
     The run's ``config.yaml`` is looked for in the checkpoint's folder and those above it.
@@ -34,7 +49,7 @@ def load_module(ckpt: str | Path) -> MultimodalDiffusion:
     return module.eval()
 
 
-def instantiate_model(config: Path) -> MultimodalDiffusion:
+def instantiate_model(config: Path) -> TunedModule:
     """The module of a run's resolved configuration, unbuilt.
 
     Raises:
@@ -50,7 +65,11 @@ def instantiate_model(config: Path) -> MultimodalDiffusion:
 
 def export_checkpoint(ckpt: str, out: str, dtype: str | None = None) -> Path:
     """Write a checkpoint's model to ``out``; averaged weights where there are any."""
-    return export(load_module(ckpt), out, getattr(torch, dtype) if dtype else None)
+    module, kind = load(ckpt), getattr(torch, dtype) if dtype else None
+    if isinstance(module, VisualInstructionTuning):
+        return export_vlm(module, out, kind)
+    assert isinstance(module, MultimodalDiffusion)
+    return export(module, out, kind)
 
 
 def load_pipeline(args: argparse.Namespace) -> MultimodalPipeline:

@@ -266,8 +266,8 @@ def retrieval(rng: np.random.Generator, held: bool) -> Record:
     return _record("retrieval", f"{context} Generate: {scene.caption()}", scene, refs, Truth(scene, (), True, True))
 
 
-def question(rng: np.random.Generator, held: bool) -> Record:
-    """A picture, a question about it, and the answer."""
+def question(rng: np.random.Generator, held: bool, kinds: tuple[str, ...] | None = None) -> Record:
+    """A picture, a question about it, and the answer; of these ``kinds`` alone, if any are given."""
     scene = random_scene(rng, held=held)
     placed = scene.toys[int(rng.integers(len(scene.toys)))]
     toy = placed.toy
@@ -283,7 +283,7 @@ def question(rng: np.random.Generator, held: bool) -> Record:
     }
     if len({p.toy.shape for p in scene.toys}) < len(scene.toys):
         pool.pop("colour")
-    kind = str(rng.choice(list(pool)))
+    kind = str(rng.choice([name for name in pool if kinds is None or name in kinds]))
     ask, answer = pool[kind]
     return Record(
         "[ref#1]",
@@ -362,4 +362,6 @@ COMPOSITIONS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
 
 ALL_TASKS = TASKS | COMPOSITIONS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
 ALL_TASKS |= {"one subject": partial(subject, toys=1), "edit turn": edit_turn}
-"""And ``control`` with one kind of picture alone, ``subject`` with one toy, ``edit`` at any turn, and the compositions."""
+ALL_TASKS |= {"short question": partial(question, kinds=("colour", "shape", "count", "where"))}
+"""And ``control`` with one kind of picture alone, ``subject`` with one toy, ``edit`` at any turn, ``question`` with answers of a word or a
+few, and the compositions."""
