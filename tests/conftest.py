@@ -20,6 +20,8 @@ from lightning_mmgen.models.adapter import Adapter
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.weights import locate
 
+from .models.conftest import llava, mllama, qwen  # noqa: F401 (fixtures)
+
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:

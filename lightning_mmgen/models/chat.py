@@ -84,11 +84,15 @@ class Chat:
 
     def _ends(self, after: str) -> str:
         """The first special token after an answer, or the end of text where the template has none there."""
-        found = [(after.index(token), token) for token in self.encoder.tokenizer.all_special_tokens if token in after]
+        found = [(after.index(token), token) for token in self._special if token in after]
         return min(found)[1] if found else str(self.encoder.tokenizer.eos_token)
 
+    @cached_property
+    def _special(self) -> list[str]:
+        return [token.content for token in self.encoder.tokenizer.added_tokens_decoder.values() if token.special]
+
     def _check(self, text: str) -> None:
-        if self.template is not None and (held := [t for t in self.encoder.tokenizer.all_special_tokens if t in text]):
+        if self.template is not None and (held := [token for token in self._special if token in text]):
             raise RecordError(f"{text[:60]!r} holds {held[0]!r}, a special token of the model")
 
     def _render(self, question: str, markers: list[int], answer: str | None) -> str:
@@ -98,7 +102,7 @@ class Chat:
         if answer is not None:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         tokenizer, token = self.encoder.tokenizer, self.encoder.image_token
-        text = tokenizer.apply_chat_template(messages, self.template, add_generation_prompt=answer is None, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, chat_template=self.template, add_generation_prompt=answer is None, tokenize=False)
         text = str(text).removeprefix(tokenizer.bos_token or "")
         before, after = self.encoder.spell(1)
         shown = [markers[slot] for _, slot in pieces if slot is not None]
