@@ -78,11 +78,14 @@ def write_shard(path: Path, rows: Mapping[str, WordMaps]) -> None:
     part.replace(path)
 
 
-def write_index(folder: Path, size: int) -> Path:
-    """Write ``index.json`` over all shards of a folder, of maps [size, size].
+def write_index(folder: Path, size: int | None = None) -> Path:
+    """Write ``index.json`` over all shards of a folder.
+
+    Args:
+        size: of the maps; that of the first by default.
 
     Raises:
-        ValueError: two rows have one id.
+        ValueError: two rows have one id, or maps are of another size.
     """
     rows: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -91,8 +94,10 @@ def write_index(folder: Path, size: int) -> Path:
                 if id in rows:
                     raise ValueError(f"{folder}: {rows[id]} and {path.name} both hold a row {id!r}; ids must differ")
                 rows[id] = path.name
+                if (found := shard.get_slice(id).get_shape()[-1]) != (size := size or found):
+                    raise ValueError(f"{path}: {id!r} has maps of {found} x {found}, not {size} x {size}")
     part = folder / ".index.json.part"
-    part.write_text(json.dumps({"version": VERSION, "size": size, "rows": rows}, ensure_ascii=False), encoding="utf-8")
+    part.write_text(json.dumps({"version": VERSION, "size": size or 0, "rows": rows}, ensure_ascii=False), encoding="utf-8")
     return part.replace(folder / "index.json")
 
 

@@ -44,6 +44,10 @@ def build(args: argparse.Namespace) -> str:
         from ..build.photos import Photos, build_photos
 
         return build_photos(_settings(Photos, args), args.out, **run)
+    if args.action == "attention":
+        from ..build.attention import Targets, build_attention
+
+        return build_attention(_settings(Targets, args), args.out, **run)
     if args.action == "clusters":
         from ..build import clusters
 

@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     _masks(build.add_parser("masks", help="a segmentation of every box of records"))
     _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
     _edits(build.add_parser("edits", help="published edits: a source, an instruction, a target"))
+    _attention(build.add_parser("attention", help="where a diffusion model looks for each word of a caption"))
     return top
 
 
@@ -191,6 +192,29 @@ def _edits(command: argparse.ArgumentParser) -> None:
     ):
         command.add_argument(f"--{name}-column", metavar="NAME", help=f"{what}; the format's own by default, '' for none")
     _output(command)
+
+
+def _attention(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--data", required=True, metavar="FILE|FOLDER|NAME", help="records with a picture and words; toybox or toybox/TASK: drawn ones"
+    )
+    command.add_argument("--model", required=True, help="a Stable Diffusion 1.x, an SDXL, a folder that `mmgen export` wrote, or toybox")
+    command.add_argument("--mode", choices=["full", "fast"], default="full", help="with null-text optimisation, or the inversion alone")
+    command.add_argument("--steps", type=int, default=10, help="of diffusion")
+    command.add_argument("--inner-steps", type=int, default=5, help="of null-text optimisation at each of them")
+    command.add_argument("--guidance", type=float, help="guidance scale of the way back; the model's own by default")
+    command.add_argument("--rate", type=float, help="of null-text optimisation; the model's own by default")
+    command.add_argument(
+        "--layers", default="", metavar="N|NAMES", help="cross-attention layers of a resolution, or by name (default: 32, else the last)"
+    )
+    command.add_argument("--size", type=int, help="side of the maps; that of the finest layer by default")
+    command.add_argument("--side", type=int, help="of the pictures in pixels, padded to squares; the model's own by default")
+    command.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model's weights")
+    command.add_argument("--count", type=int, help="the first so many rows; all by default")
+    command.add_argument("--compare", type=int, default=8, help="so many rows in both modes, to tell how well they agree")
+    command.add_argument("--batch-size", type=int, default=4, help="pictures a batch")
+    command.add_argument("--shard-size", type=int, default=64, help="rows a file")
+    _common(command)
 
 
 def _output(command: argparse.ArgumentParser) -> None:

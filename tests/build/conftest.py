@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import spacy
 import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from spacy.tokens import Doc
 from spacy.training import Example
 from transformers import (
+    AutoTokenizer,
     BertTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
     GroundingDinoConfig,
     GroundingDinoForObjectDetection,
     GroundingDinoImageProcessorPil,
@@ -23,6 +27,8 @@ from transformers import (
 )
 
 from lightning_mmgen.build.journal import Journal
+
+from ..conftest import CLIP_WORDS, UNET, make_vae
 
 DETECTOR_WORDS = ["man", "dog", "scooter", "ball", "red", "big", "head", "woman", "##s"]
 
@@ -101,6 +107,23 @@ def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
             nlp.update(batch, sgd=optimizer)
     folder = tmp_path_factory.mktemp("english")
     nlp.to_disk(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def painter(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a Stable Diffusion that draws 16 x 16 px and reads 12 tokens."""
+    folder = tmp_path_factory.mktemp("painter")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    text = CLIPTextModel(CLIPTextConfig(**size, **ends, vocab_size=len(CLIP_WORDS), max_position_embeddings=12))
+    tokenizer = AutoTokenizer.from_pretrained(clip, model_max_length=12)
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+    unet = UNet2DConditionModel(**UNET, down_block_types=down, up_block_types=up)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(make_vae(), text, tokenizer, unet, scheduler, **parts).save_pretrained(folder)
     return folder
 
 

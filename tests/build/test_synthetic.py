@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from PIL import Image as PILImage
-from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from lightning_mmgen.build.synthetic import Pair, cross
 from lightning_mmgen.data.sources import JSONLSource
@@ -17,27 +16,9 @@ from lightning_mmgen.metrics import PickScore
 from lightning_mmgen.tools.data import check
 from lightning_mmgen.tools.main import main
 
-from ..conftest import CLIP_WORDS, UNET, make_vae
 from .conftest import interrupt
 
 CONTENTS, STYLES = ["a red cat", "a blue box", "a star on a box"], ["green", "red", "blue blue"]
-
-
-@pytest.fixture(scope="module")
-def painter(clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a Stable Diffusion that draws 16 x 16 px and reads 12 tokens."""
-    folder = tmp_path_factory.mktemp("painter")
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.5}
-    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    text = CLIPTextModel(CLIPTextConfig(**size, **ends, vocab_size=len(CLIP_WORDS), max_position_embeddings=12))
-    tokenizer = AutoTokenizer.from_pretrained(clip, model_max_length=12)
-    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
-    unet = UNet2DConditionModel(**UNET, down_block_types=down, up_block_types=up)
-    scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
-    parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    StableDiffusionPipeline(make_vae(), text, tokenizer, unet, scheduler, **parts).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -86,4 +86,9 @@ def test_a_folder_without_a_good_index_is_refused(folder: Path, index: str | Non
 def test_an_id_in_two_shards_is_refused(folder: Path) -> None:
     (folder / "2.safetensors").write_bytes((folder / "1.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"1\.safetensors and 2\.safetensors both hold a row 'Zweite ü'"):
-        write_index(folder, 5)
+        write_index(folder)
+
+
+def test_maps_of_another_size_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"0\.safetensors: 'first' has maps of 5 x 5, not 4 x 4"):
+        write_index(folder, 4)
