@@ -43,7 +43,7 @@ class Targets:
         guidance: scale; the model's own (7.5 for Stable Diffusion) by default.
         rate: of the optimisation; 0.01 for Stable Diffusion, 0.1 for this package's models by default.
         layers: see :meth:`~lightning_mmgen.build.generators.Generator.layers`.
-        size: side of the maps that are written; that of the finest layer by default.
+        size: side of the maps that are written; that of the finest layer by default, and maps of coarser ones are enlarged to it.
         side: of the pictures in pixels; the model's own by default.
         dtype: of the model's weights.
         count: the first so many rows; all by default.
@@ -282,10 +282,10 @@ def picture_of(record: Record) -> Picture:
     Raises:
         RecordError: a question without pictures.
     """
-    if record.target is not None:
+    if record.question is None and record.target is not None:
         return record.target
     if not record.references:
-        raise RecordError("has no picture")
+        raise RecordError("the question has no picture")
     return record.references[0].image
 
 

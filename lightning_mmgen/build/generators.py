@@ -30,6 +30,9 @@ STABLE_DIFFUSION: dict[str, Any] = {
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
 
+TOYBOX_LAYERS = "up_blocks.0.attentions.1.*,up_blocks.1.*"
+"""Where the embedded UNet looks at the objects that words name (``benchmarks/attention_targets.py``)."""
+
 
 class Placed(NamedTuple):
     """A word of a caption, and which tokens of the condition spell it."""
@@ -61,11 +64,12 @@ class Generator(ABC):
         unet, vae, scheduler: of its pipeline, in evaluation mode.
         guidance: its own guidance scale.
         rate: of null-text optimisation; suits the scale of its tokens.
+        best: layers to take by default, as in :meth:`layers`; else those of resolution 32, or of the last up block with any.
     """
 
-    def __init__(self, unet: Any, vae: Any, scheduler: Any, guidance: float, rate: float) -> None:
+    def __init__(self, unet: Any, vae: Any, scheduler: Any, guidance: float, rate: float, best: str = "") -> None:
         self.unet, self.codec, self.scheduler = unet.eval().requires_grad_(False), Codec(vae), scheduler
-        self.guidance, self.rate = guidance, rate
+        self.guidance, self.rate, self.best = guidance, rate, best
 
     @abstractmethod
     def read(self, captions: list[str]) -> Condition:
@@ -101,8 +105,7 @@ class Generator(ABC):
         """Names of cross-attention layers.
 
         Args:
-            chosen: a resolution ("32"), or names and patterns with ``*``, parted by commas; "" takes resolution 32 where the UNet has it,
-                else its last up block: in the toybox only layers of up blocks look at the objects that words name.
+            chosen: a resolution ("32"), or names and patterns with ``*``, parted by commas; "" for the default ones.
             side: of the latents.
 
         Raises:
@@ -110,8 +113,8 @@ class Generator(ABC):
         """
         names = list(layers_of(self.unet))
         at = {name: self._resolution(name, side) for name in names}
-        if not chosen:
-            chosen = "32" if 32 in at.values() else f"{[n for n in names if n.startswith('up_blocks')][-1].split('.attentions')[0]}.*"
+        last = [name for name in names if name.startswith("up_blocks")][-1]
+        chosen = chosen or self.best or ("32" if 32 in at.values() else f"{last.split('.attentions')[0]}.*")
         if not chosen.isdecimal():
             return choose(names, [name.strip() for name in chosen.split(",")])
         if not (fitting := [name for name in names if at[name] == int(chosen)]):
@@ -168,10 +171,11 @@ class OwnGenerator(Generator):
 
     Args:
         pipe: its pipeline.
+        best: see :class:`Generator`.
     """
 
-    def __init__(self, pipe: MultimodalPipeline) -> None:
-        super().__init__(pipe.unet, pipe.vae, pipe.scheduler, pipe.sampler.guidance_scale, rate=1e-1)
+    def __init__(self, pipe: MultimodalPipeline, best: str = "") -> None:
+        super().__init__(pipe.unet, pipe.vae, pipe.scheduler, pipe.sampler.guidance_scale, rate=1e-1, best=best)
         self.encoder = pipe.encoder
         self.conditioner = Conditioner(pipe.encoder, pipe.adapter, pipe.unet, self.codec)
 
@@ -199,7 +203,7 @@ def open_generator(model: str, dtype: str = "float32", device: str = "cpu") -> G
         ValueError: a pipeline of another kind.
     """
     if model == "toybox":
-        return OwnGenerator(toybox_pipeline().to(device))
+        return OwnGenerator(toybox_pipeline().to(device), TOYBOX_LAYERS)
     folder = locate(model)
     if Path(folder).is_dir() and not (Path(folder) / "model_index.json").is_file():
         raise FileNotFoundError(f"{model}: holds no model_index.json")
