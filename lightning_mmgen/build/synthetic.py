@@ -133,7 +133,7 @@ class Painter:
         if self.pickscore is None:
             return [None] * len(pairs)
         stacked = torch.stack([pixels(picture) for picture in pictures]).to(self.pickscore.device)
-        return [float(score) for score in self.pickscore.similarity(stacked, [pair.caption for pair in pairs])]
+        return [float(score) for score in self.pickscore.score(stacked, [pair.caption for pair in pairs])]
 
 
 def build_synthetic(settings: Synthetic, out: str, device: str = "cpu", shard: Shard = Shard()) -> str:

@@ -28,13 +28,10 @@ class CLIPMean(PictureMean):
 class CLIPSimilarity(CLIPMean):
     """Mean cosine similarity of picture and caption (CLIP-T of DreamBooth, section 4.2)."""
 
-    def similarity(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine of each picture [b, 3, H, W] in [-1, 1] with its caption, [b]."""
-        return (self.clip.embed_pictures(pictures) * self.clip.embed_texts(captions)).sum(-1)
-
-    def update(self, pictures: Tensor, captions: Sequence[str]) -> None:
-        """Pictures [b, 3, H, W] in [-1, 1] and their plain captions."""
-        self.include(self.similarity(pictures, captions))
+    def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+        """Cosine of each picture [b, 3, H, W] in [-1, 1] with its plain caption, [b]; nan where the caption is empty."""
+        cosines = (self.clip.embed_pictures(pictures) * self.clip.embed_texts(captions)).sum(-1)
+        return cosines.where(torch.tensor([bool(c.strip()) for c in captions], device=cosines.device), torch.nan)
 
 
 class PickScore(CLIPSimilarity):
@@ -52,20 +49,20 @@ class PickScore(CLIPSimilarity):
         super().__init__(pretrained, tokenizer or (self.TUNED_FROM if pretrained == self.HUB else None))
 
     @torch.no_grad()
-    def similarity(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+    def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         """The score of each picture [b, 3, H, W] in [-1, 1] with its caption, [b]; of an oblong picture the square in its middle counts."""
         h, w = pictures.shape[-2:]
         s = min(h, w)
         square = pictures[..., (h - s) // 2 : (h + s) // 2, (w - s) // 2 : (w + s) // 2]
-        return self.clip.model.logit_scale.exp() * super().similarity(square, captions)
+        return self.clip.model.logit_scale.exp() * super().score(square, captions)
 
 
 class DirectionalSimilarity(CLIPMean):
     """Mean cos(I1 - I0, T1 - T0) (Gal et al. 2021, equation 2, of vectors of length 1 as InstructPix2Pix has it): whether an edit moves
     the picture as its captions move. 0 for a copy of the source, and for two equal captions."""
 
-    def update(self, pictures: Tensor, sources: Tensor, captions: Sequence[str], source_captions: Sequence[str]) -> None:
-        """Edited pictures and their sources, each [b, 3, H, W] in [-1, 1], and the captions of both."""
+    def score(self, pictures: Tensor, sources: Tensor, captions: Sequence[str], source_captions: Sequence[str]) -> Tensor:
+        """Of edited pictures and their sources, each [b, 3, H, W] in [-1, 1], and the captions of both, [b]."""
         moved = self.clip.embed_pictures(pictures) - self.clip.embed_pictures(sources)
         told = self.clip.embed_texts(captions) - self.clip.embed_texts(source_captions)
-        self.include(cosine_similarity(moved, told, dim=-1))
+        return cosine_similarity(moved, told, dim=-1)

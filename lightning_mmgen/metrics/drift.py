@@ -9,13 +9,10 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, max_pool2d, normalize
+from torch.nn.functional import max_pool2d, normalize
 from torchmetrics.functional.image import structural_similarity_index_measure
-from transformers import AutoConfig
 
-from ..models.clip import Clip
 from ..models.dino import Dino
-from ..models.weights import locate
 from .mean import PictureMean
 
 
@@ -26,11 +23,11 @@ class OutsideMean(PictureMean):
     """
 
     @abstractmethod
-    def score(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """The score [b] of each picture, and [b] True where anything of it is outside; of float32 inputs as in ``update``."""
+    def outside(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The score [b] of each picture, and [b] True where anything of it is outside; of float32 inputs as in ``score``."""
 
-    def update(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> None:
-        """Edited pictures and their sources.
+    def score(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> Tensor:
+        """Of edited pictures and their sources, [b]; nan where nothing is outside.
 
         Args:
             pictures, sources: [b, 3, h, w] in [-1, 1].
@@ -45,8 +42,8 @@ class OutsideMean(PictureMean):
         masks = masks.float()
         if masks.numel() and not 0 <= masks.min() <= masks.max() <= 1:
             raise ValueError(f"masks must be in [0, 1]; they are in [{masks.min():g}, {masks.max():g}]")
-        scores, counted = self.score(pictures.float(), sources.float(), masks)
-        self.include(scores[counted])
+        scores, counted = self.outside(pictures.float(), sources.float(), masks)
+        return scores.where(counted, torch.nan)
 
 
 def outside_mean(values: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +65,7 @@ def composited(pictures: Tensor, sources: Tensor, masks: Tensor) -> Tensor:
 class MaskedMSE(OutsideMean):
     """Mean squared error of pixels, scaled to [0, 1], outside the mask."""
 
-    def score(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def outside(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         return outside_mean(((pictures - sources) / 2).square(), masks)
 
 
@@ -77,8 +74,8 @@ class MaskedPSNR(MaskedMSE):
 
     CAP = 100.0
 
-    def score(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        error, counted = super().score(pictures, sources, masks)
+    def outside(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        error, counted = super().outside(pictures, sources, masks)
         return (-10 * error.log10()).clamp(max=self.CAP), counted
 
 
@@ -91,7 +88,7 @@ class MaskedSSIM(OutsideMean):
 
     WINDOW = 11
 
-    def score(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def outside(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         if min(pictures.shape[-2:]) < self.WINDOW:
             raise ValueError(f"pictures of {tuple(pictures.shape[-2:])} pixels are smaller than the window of {self.WINDOW}")
         composite = composited(pictures, sources, masks)
@@ -115,28 +112,7 @@ class StructureDistance(PictureMean):
         super().__init__()
         self.dino = Dino.from_pretrained(pretrained)
 
-    def update(self, pictures: Tensor, sources: Tensor) -> None:
-        """Edited pictures and their sources, each [b, 3, H, W] in [-1, 1]."""
+    def score(self, pictures: Tensor, sources: Tensor) -> Tensor:
+        """Of edited pictures and their sources, each [b, 3, H, W] in [-1, 1], [b]."""
         first, second = (normalize(self.dino.keys(p), dim=-1) for p in (pictures, sources))  # [b, n, d]
-        self.include((first @ first.mT - second @ second.mT).square().mean((1, 2)))
-
-
-class ImageSimilarity(PictureMean):
-    """Mean cos(I0, I1) of edited picture and source (InstructPix2Pix), or of generated and real pictures (DreamBench's CLIP-I and DINO,
-    each generated picture of a subject paired with each real one).
-
-    Scores of different backbones are never compared.
-
-    Args:
-        pretrained: hub name or folder of a CLIP (its picture embeddings) or of a DINO (its class tokens).
-    """
-
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14") -> None:
-        super().__init__()
-        clip = AutoConfig.from_pretrained(locate(pretrained)).model_type == "clip"
-        self.model = Clip(pretrained) if clip else Dino.from_pretrained(pretrained)
-
-    def update(self, pictures: Tensor, sources: Tensor) -> None:
-        """Pictures and those that they are compared with, each [b, 3, H, W] in [-1, 1]."""
-        embed = self.model.embed_pictures if isinstance(self.model, Clip) else self.model.cls
-        self.include(cosine_similarity(embed(pictures), embed(sources), dim=-1))
+        return (first @ first.mT - second @ second.mT).square().mean((1, 2))

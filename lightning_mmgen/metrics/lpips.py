@@ -46,7 +46,7 @@ class MaskedLPIPS(OutsideMean):
         self.network = network.requires_grad_(False)
         self.weights = None if weights is None else nn.ParameterList(nn.Parameter(w, requires_grad=False) for w in weights)
 
-    def score(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    def outside(self, pictures: Tensor, sources: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         self.network.eval()
         levels = list(zip(self.network(composited(pictures, sources, masks)), self.network(sources), strict=True))
         means, counted = [], []

@@ -60,7 +60,7 @@ def test_pictures_under_the_least_score_are_dropped(
     out, scorer, scores = tmp_path / "out", PickScore(str(clip)), {}
     for r in JSONLSource(str(out / "records.jsonl")):
         picture = torch.from_numpy(np.array(PILImage.open(out / str(r.target)))).permute(2, 0, 1)[None] / 127.5 - 1
-        scores[r.id] = float(scorer.similarity(picture, [r.instruction]))
+        scores[r.id] = float(scorer.score(picture, [r.instruction]))
     low, middle = sorted(scores.values())[3:5]
     capsys.readouterr()
     assert main([*arguments, "--out", str(tmp_path / "high"), "--min-pickscore", str((low + middle) / 2)]) == 0

@@ -41,7 +41,7 @@ def test_it_equals_a_plain_recomputation(clip: Path, pictures: Tensor) -> None:
     metric = CLIPSimilarity(str(clip))
     expected = plain(clip, pictures, CAPTIONS)
     assert np.ptp(expected) > 0.05
-    torch.testing.assert_close(metric.similarity(pictures, CAPTIONS), torch.tensor(expected), rtol=0, atol=0.01)  # 8 bits a pixel there
+    torch.testing.assert_close(metric.score(pictures, CAPTIONS), torch.tensor(expected), rtol=0, atol=0.01)  # 8 bits a pixel there
     metric.update(pictures, CAPTIONS)
     assert float(metric.compute()) == pytest.approx(np.mean(expected), abs=0.01)
 
@@ -50,7 +50,7 @@ def test_larger_pictures_are_resized_as_pillow_does(clip: Path) -> None:
     metric, noise = CLIPSimilarity(str(clip)), torch.rand(3, 40, 40)
     channels = [PILImage.fromarray(c.numpy()).resize((16, 16), PILImage.Resampling.BICUBIC) for c in noise]
     small = torch.from_numpy(np.stack([np.asarray(c).clip(0, 1) for c in channels]))
-    torch.testing.assert_close(metric.similarity(noise[None] * 2 - 1, ["a cat"]), metric.similarity(small[None] * 2 - 1, ["a cat"]))
+    torch.testing.assert_close(metric.score(noise[None] * 2 - 1, ["a cat"]), metric.score(small[None] * 2 - 1, ["a cat"]))
 
 
 def test_streaming_equals_one_batch(clip: Path, pictures: Tensor) -> None:
@@ -62,12 +62,12 @@ def test_streaming_equals_one_batch(clip: Path, pictures: Tensor) -> None:
     torch.testing.assert_close(stream.compute(), whole.compute(), rtol=0, atol=1e-6)
     stream.reset()
     stream.update(pictures[:1], CAPTIONS[:1])
-    torch.testing.assert_close(stream.compute(), whole.similarity(pictures, CAPTIONS)[0])
+    torch.testing.assert_close(stream.compute(), whole.score(pictures, CAPTIONS)[0])
 
 
 def test_a_caption_longer_than_clip_reads_is_cut(clip: Path, pictures: Tensor) -> None:
     metric = CLIPSimilarity(str(clip))
-    assert torch.isfinite(metric.similarity(pictures[:1], ["a red cat on " * 20])).all()
+    assert torch.isfinite(metric.score(pictures[:1], ["a red cat on " * 20])).all()
 
 
 def test_pickscore_is_the_formula_of_its_model_card(clip: Path, tmp_path: Path, pictures: Tensor) -> None:
@@ -78,6 +78,6 @@ def test_pickscore_is_the_formula_of_its_model_card(clip: Path, tmp_path: Path, 
     for given in (pictures, oblong):
         expected = np.exp(3.0) * np.array(plain(tmp_path, given, CAPTIONS))
         metric = PickScore(str(tmp_path), tokenizer=str(clip))
-        torch.testing.assert_close(metric.similarity(given, CAPTIONS).double(), torch.tensor(expected), rtol=0, atol=0.2)
+        torch.testing.assert_close(metric.score(given, CAPTIONS).double(), torch.tensor(expected), rtol=0, atol=0.2)
         metric.update(given, CAPTIONS)
         assert float(metric.compute()) == pytest.approx(expected.mean(), abs=0.2) and np.ptp(expected) > 1
