@@ -12,6 +12,7 @@ from .last_checkpoint import LastCheckpoint
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .random_state import RandomState
+from .rows import latest_scores, log_scores, write_rows
 from .run_card import RunCard
 
 __all__ = [
@@ -31,5 +32,8 @@ __all__ = [
     "evaluation",
     "grid",
     "held_out",
+    "latest_scores",
+    "log_scores",
     "sample",
+    "write_rows",
 ]

@@ -7,6 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning_mmgen.metrics.clip import CLIPSimilarity
 
 from .held_out import HeldOutCallback, held_out
+from .rows import log_scores, write_rows
 
 
 class CLIPScoreEvaluation(HeldOutCallback):
@@ -30,11 +31,12 @@ class CLIPScoreEvaluation(HeldOutCallback):
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metric is not None
-        records, pictures = held_out(trainer, pl_module, self.count)
-        told = [i for i, r in enumerate(records) if r.caption]
-        if not told:
+        records, pictures = looked = held_out(trainer, pl_module, self.count)
+        if not any(r.caption for r in records):
             raise ValueError("CLIPScoreEvaluation: no held-out record has a caption")
         self.metric.reset()
-        self.metric.update(pictures[told].to(pl_module.device), [records[i].caption or "" for i in told])
-        for logger in trainer.loggers:
-            logger.log_metrics({"held_out/clip_t": float(self.metric.compute())}, trainer.global_step)
+        scores: list[dict[str, float] | None] = []
+        for record, picture in zip(records, pictures, strict=True):
+            scores.append({"clip_t": float(self.metric(picture[None].to(pl_module.device), [record.caption]))} if record.caption else None)
+        write_rows(trainer, "clip_score", looked, scores)
+        log_scores(trainer, {"held_out/clip_t": float(self.metric.compute())})

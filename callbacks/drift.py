@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from lightning import LightningModule, Trainer
 
 from lightning_mmgen.data.datamodule import MultimodalDataModule, Recipe
 from lightning_mmgen.metrics.drift import MaskedMSE, MaskedPSNR, MaskedSSIM
 
 from .held_out import HeldOutCallback, held_out
+from .rows import log_scores, write_rows
 
 METRICS = {"mse": MaskedMSE, "psnr": MaskedPSNR, "ssim": MaskedSSIM}
 
@@ -28,19 +28,19 @@ class DriftEvaluation(HeldOutCallback):
         super().__init__(every, count)
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        records, pictures = held_out(trainer, pl_module, self.count)
+        records, pictures = looked = held_out(trainer, pl_module, self.count)
         data: MultimodalDataModule = trainer.datamodule  # type: ignore[attr-defined]
         recipe: Recipe = data.held_out_recipe
         samples = [recipe(record, None, 0) for record in records]
-        edits = [i for i, s in enumerate(samples) if s.source is not None]
-        if not edits:
+        if all(s.source is None for s in samples):
             raise ValueError("DriftEvaluation: no held-out record is an edit; data: EditDataModule reads edits")
-        drawn = pictures[edits]
-        sources, masks = (torch.stack([getattr(samples[i], name) for i in edits]) for name in ("source", "mask"))
-        scores = {}
-        for name, kind in METRICS.items():
-            metric = kind()
-            metric.update(drawn, sources, masks)
-            scores[f"held_out/drift_{name}"] = float(metric.compute())
-        for logger in trainer.loggers:
-            logger.log_metrics(scores, trainer.global_step)
+        metrics = {f"drift_{name}": kind() for name, kind in METRICS.items()}
+        rows: list[dict[str, float] | None] = []
+        for sample, picture in zip(samples, pictures, strict=True):
+            if sample.source is None or sample.mask is None:
+                rows.append(None)
+            else:
+                edit = (picture[None], sample.source[None], sample.mask[None])
+                rows.append({name: float(metric(*edit)) for name, metric in metrics.items()})
+        write_rows(trainer, "drift", looked, rows)
+        log_scores(trainer, {f"held_out/{name}": float(metric.compute()) for name, metric in metrics.items()})

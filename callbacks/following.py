@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning_mmgen.metrics.following import ToyboxFollowing
 
 from .held_out import HeldOutCallback, held_out
+from .rows import log_scores, write_rows
 
 
 class FollowingEvaluation(HeldOutCallback):
@@ -31,14 +32,14 @@ class FollowingEvaluation(HeldOutCallback):
         self.after = self._evaluate(trainer, pl_module)
 
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        records, pictures = held_out(trainer, pl_module, self.count)
+        records, pictures = looked = held_out(trainer, pl_module, self.count)
         if not records or any("truth" not in r.extra for r in records):
             raise ValueError("FollowingEvaluation reads toybox pictures only: data.held_out must be a ToyboxSource")
         metric = ToyboxFollowing()
-        metric.update(pictures, [r.extra["truth"] for r in records])
+        each = [metric(picture[None], [record.extra["truth"]]) for record, picture in zip(records, pictures, strict=True)]
+        write_rows(trainer, "following", looked, [{k: float(v) for k, v in one.items() if not k.endswith("_ci")} for one in each])
         scores = {k: float(v) for k, v in metric.compute().items()}
-        for logger in trainer.loggers:
-            logger.log_metrics({f"held_out/{k}": v for k, v in scores.items() if not k.endswith("_ci")}, trainer.global_step)
+        log_scores(trainer, {f"held_out/{k}": v for k, v in scores.items() if not k.endswith("_ci")})
         return scores
 
     def table(self) -> str:
