@@ -6,12 +6,13 @@ from .consistency_penalty import ConsistencyPenalty
 from .drift import DriftEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
-from .held_out import HeldOut, held_out, sample
+from .held_out import HeldOut, held_out, held_out_parts, sample
 from .language import LanguageEvaluation
 from .last_checkpoint import LastCheckpoint
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .random_state import RandomState
+from .reference import ReferenceEvaluation
 from .rows import latest_scores, log_scores, write_rows
 from .run_card import RunCard
 
@@ -28,10 +29,12 @@ __all__ = [
     "PictureGrid",
     "PictureWriter",
     "RandomState",
+    "ReferenceEvaluation",
     "RunCard",
     "evaluation",
     "grid",
     "held_out",
+    "held_out_parts",
     "latest_scores",
     "log_scores",
     "sample",

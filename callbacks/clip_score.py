@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_mmgen.metrics.clip import CLIPSimilarity
 
@@ -17,24 +18,27 @@ class CLIPScoreEvaluation(HeldOutCallback):
         every: optimizer steps between evaluations; 0 for before and after only.
         count: held-out instructions; those without a caption are left out.
         model: any CLIP of ``transformers`` by name or folder.
+        budget: seconds of one evaluation; it ends with the batch in which they have passed, on all ranks.
     """
 
     at_start = True
 
-    def __init__(self, every: int = 0, count: int = 64, model: str = "toybox/clip") -> None:
+    def __init__(self, every: int = 0, count: int = 64, model: str = "toybox/clip", budget: float | None = None) -> None:
         super().__init__(every, count)
-        self.model = model
+        self.model, self.budget = model, budget
         self.metric: CLIPSimilarity | None = None
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.metric = CLIPSimilarity(self.model).to(pl_module.device)
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.metric is None:
+            with isolate_rng():
+                self.metric = CLIPSimilarity(self.model)
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metric is not None
-        records, pictures = looked = held_out(trainer, pl_module, self.count)
+        records, pictures = looked = held_out(trainer, pl_module, self.count, seconds=self.budget)
         if not any(r.caption for r in records):
             raise ValueError("CLIPScoreEvaluation: no held-out record has a caption")
-        self.metric.reset()
+        self.metric.to(pl_module.device).reset()
         scores: list[dict[str, float] | None] = []
         for record, picture in zip(records, pictures, strict=True):
             scores.append({"clip_t": float(self.metric(picture[None].to(pl_module.device), [record.caption]))} if record.caption else None)

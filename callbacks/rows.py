@@ -38,7 +38,7 @@ def latest_scores(trainer: Trainer) -> dict[str, float]:
     return dict(_latest.get(trainer, {}))
 
 
-def write_rows(trainer: Trainer, name: str, looked: HeldOut, scores: Sequence[Mapping[str, float] | None]) -> Path | None:
+def write_rows(trainer: Trainer, name: str, looked: HeldOut, scores: Sequence[Mapping[str, float] | None], first: int = 0) -> Path | None:
     """Append a row a picture to ``evaluation/<name>.jsonl`` of the run folder; every rank calls it, the first writes.
 
     A row has ``step``, ``id``, ``task``, ``instruction``, ``picture``, ``references`` and ``target`` (paths relative to the run folder;
@@ -48,6 +48,7 @@ def write_rows(trainer: Trainer, name: str, looked: HeldOut, scores: Sequence[Ma
         name: of the evaluation.
         looked: all held-out records of this look, and their pictures.
         scores: of each of them, by name; None leaves a record out.
+        first: place of the first of them, where they are a part of a look.
 
     Returns:
         The file; None on other ranks, and where the run has no folder.
@@ -56,10 +57,10 @@ def write_rows(trainer: Trainer, name: str, looked: HeldOut, scores: Sequence[Ma
     if not trainer.is_global_zero or run is None:
         return None
     folder = Path(run) / FOLDER
-    _save_pictures(trainer, folder, looked)
+    _save_pictures(trainer, folder, looked, first)
     rows = [
         {**_row(trainer, folder, i, record), "scores": {k: float(v) for k, v in score.items() if math.isfinite(v)}}
-        for i, (record, score) in enumerate(zip(looked.records, scores, strict=True))
+        for i, (record, score) in enumerate(zip(looked.records, scores, strict=True), first)
         if score is not None
     ]
     path = folder / f"{name}.jsonl"
@@ -83,13 +84,13 @@ def _row(trainer: Trainer, folder: Path, index: int, record: Record) -> dict[str
     }
 
 
-def _save_pictures(trainer: Trainer, folder: Path, looked: HeldOut) -> None:
+def _save_pictures(trainer: Trainer, folder: Path, looked: HeldOut, first: int) -> None:
     """The pictures of this step, once however many evaluations look at them ; references and targets where they are not there yet."""
-    if _saved.get(trainer, (-1, 0)) >= (trainer.global_step, len(looked.records)):
+    if _saved.get(trainer, (-1, 0)) >= (trainer.global_step, first + len(looked.records)):
         return
     for name in ("pictures", "references", "targets"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for i, record in enumerate(looked.records):
+    for i, record in enumerate(looked.records, first):
         given = {folder / "references" / f"{i:04d}-{r.marker}.png": r.image for r in record.references}
         if record.target is not None:
             given[folder / "targets" / f"{i:04d}.png"] = record.target
@@ -98,8 +99,8 @@ def _save_pictures(trainer: Trainer, folder: Path, looked: HeldOut) -> None:
                 open_picture(picture).save(path)
     for i in _finite(looked.pictures):
         (drawn,) = to_pil(looked.pictures[i : i + 1])
-        drawn.save(folder / "pictures" / f"{trainer.global_step:06d}-{i:04d}.png", compress_level=1)
-    _saved[trainer] = (trainer.global_step, len(looked.records))
+        drawn.save(folder / "pictures" / f"{trainer.global_step:06d}-{first + i:04d}.png", compress_level=1)
+    _saved[trainer] = (trainer.global_step, first + len(looked.records))
 
 
 def _finite(pictures: Tensor) -> list[int]:

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,7 +25,8 @@ PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers"
 
 class RunCard(Callback):
     """Writes ``run.json`` (command, versions, git revision, data fingerprint, seed) and the parameter table; the ``lightning`` command
-    adds it to every fit, and the resolved configuration as ``config.yaml`` beside it.
+    adds it to every fit, and the resolved configuration as ``config.yaml`` beside it, its model alone as ``model.yaml`` (what
+    ``lightning test --model`` takes).
 
     Args:
         config: the resolved configuration, as YAML.
@@ -44,6 +46,7 @@ class RunCard(Callback):
         folder = Path(trainer.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config)
+        (folder / "model.yaml").write_text(yaml.safe_dump((yaml.safe_load(self.config) or {}).get("model"), sort_keys=False))
         if table is not None:
             (folder / "parameters.txt").write_text(f"{table}\n")
         (folder / "run.json").write_text(json.dumps(self.facts(trainer), indent=2) + "\n")
@@ -67,10 +70,8 @@ class RunCard(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        lines = []
+        lines = tables(trainer)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, HeldOutCallback) and (table := callback.table()):
-                lines.append(table)
             if isinstance(callback, ModelCheckpoint) and callback.last_model_path:
                 lines.append(f"checkpoint  {callback.last_model_path}")
             if isinstance(callback, PictureGrid) and callback.path:
@@ -78,6 +79,15 @@ class RunCard(Callback):
         if isinstance(trainer.logger, TensorBoardLogger):
             lines.append(f"dashboard   tensorboard --logdir {trainer.logger.save_dir}")
         print("\n" + "\n".join(lines), flush=True)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        print("\n" + "\n".join(tables(trainer)), flush=True)
+
+
+def tables(trainer: Trainer) -> list[str]:
+    """What the evaluations of a run found, a table each."""
+    return [table for c in trainer.callbacks if isinstance(c, HeldOutCallback) and (table := c.table())]  # type: ignore[attr-defined]
 
 
 def revision() -> str | None:

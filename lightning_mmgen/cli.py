@@ -26,6 +26,7 @@ from .data.instructions import InstructionDataModule
 from .data.questions import VQADataModule
 from .data.retrieval import RetrievalDataModule
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
+from .data.suites import DreamBenchSource, PartiPromptsSource, SuiteDataModule
 from .models.encoder import encoders
 from .module import MultimodalDiffusion
 from .tuning import TunedModule
@@ -39,6 +40,9 @@ SHORT_NAMES = (
     EditDataModule,
     RetrievalDataModule,
     InstructionDataModule,
+    DreamBenchSource,
+    PartiPromptsSource,
+    SuiteDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,
     VisualInstructionTuning,

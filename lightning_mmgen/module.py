@@ -139,8 +139,8 @@ class MultimodalDiffusion(TunedModule):
         self.log("loss/validation", total, batch_size=batch.size, sync_dist=True)
         return total
 
-    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return self.validation_step(batch, batch_idx)
+    def test_step(self, batch: Batch | None, batch_idx: int) -> Tensor | None:
+        return None if batch is None else self.validation_step(batch, batch_idx)  # a suite is for callbacks alone
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Pictures [b, 3, H, W] in [-1, 1]; each sample's noise comes from its own seed."""

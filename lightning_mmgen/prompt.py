@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from PIL.Image import Image
 
@@ -156,13 +156,14 @@ class Record:
     answer: str | None = None
     id: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    needs_target: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.instruction.strip() and self.question is None:
             raise RecordError("instruction is empty")
         if (self.question is None) != (self.answer is None):
             raise RecordError("question and answer go together")
-        if self.target is None and self.question is None:
+        if self.target is None and self.question is None and self.needs_target:
             raise RecordError("target is missing")
         if (self.session is None) != (self.turn is None):
             raise RecordError("session and turn go together")
@@ -207,6 +208,13 @@ class Record:
             if not isinstance(picture, str):
                 raise RecordError("a picture in memory has no path: write it to a file first")
         return {"version": VERSION, **row}
+
+
+@dataclass(frozen=True)
+class PromptRecord(Record):
+    """An instruction to evaluate, which nothing is known to answer: it may have no target."""
+
+    needs_target: ClassVar[bool] = False
 
 
 _FIELDS = {f.name for f in fields(Record)} - {"extra"}

@@ -291,23 +291,30 @@ class MultimodalDataModule(L.LightningDataModule):
             generator=torch.Generator(),  # else each epoch takes a number from the process's own, which a resume would not
         )
 
-    def held_out_records(self, count: int) -> list[Record]:
-        """The first ``count`` held-out records as prompts, their pictures opened."""
+    def held_out_records(self, count: int, start: int = 0) -> list[Record]:
+        """``count`` held-out records, or as many as there are, from number ``start`` on, as prompts, their pictures opened.
+
+        Raises:
+            RecordError: a record cannot be used; the message names its row.
+        """
         if self.held_out is None:
             return []
-        root = self.held_out.root
-        records = [
-            self.held_out_recipe.compose(self.held_out.record(i), root, np.random.default_rng(sample_seed(self.seed, 0, i)))
-            for i in range(min(count, len(self.held_out)))
-        ]
-        return [
-            replace(
+        return [self._opened(self.held_out, i) for i in range(start, min(start + count, len(self.held_out)))]
+
+    def _opened(self, source: Source, index: int) -> Record:
+        root = source.root
+        try:
+            record = source.record(index)
+            record = self.held_out_recipe.compose(record, root, np.random.default_rng(sample_seed(self.seed, 0, index)))
+            return replace(
                 record,
                 references=tuple(replace(r, image=open_picture(r.image, root)) for r in record.references),
                 target=open_picture(record.target, root) if record.target is not None else None,
             )
-            for record in records
-        ]
+        except RowError:
+            raise
+        except RecordError as error:
+            raise RecordError(f"held-out {source.name(index)}: {error}") from error
 
     # -- bad rows, position ---------------------------------------------------------------------------------------------------
 

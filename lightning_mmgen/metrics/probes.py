@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate, unfold
 
 from ..data.datamodule import crop_square
 from ..data.images import open_picture, pixels
-from ..models.features import Features
+from ..models.features import Features, as_features
 from ..prompt import Record
 from .mean import PictureMean
 from .regions import LIKENESSES
@@ -140,9 +140,9 @@ class CopyPaste(PictureMean):
 
     SIDES = 8  # patches a side, of pixels
 
-    def __init__(self, pretrained: str | None = None) -> None:
+    def __init__(self, pretrained: str | Features | None = None) -> None:
         super().__init__()
-        self.features = None if pretrained is None else Features(pretrained)
+        self.features = None if pretrained is None else as_features(pretrained)
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and their records, [b]; nan where no reference or no target is to compare with."""

@@ -10,7 +10,7 @@ from torch.nn.functional import cosine_similarity
 
 from ..data.datamodule import crop_square
 from ..data.images import Edges, pixels
-from ..models.features import Features
+from ..models.features import Features, as_features
 from ..prompt import Picture, Record
 from .mean import PictureMean
 from .regions import LIKENESSES, OBJECTS, RecordBoxes, Regions, cut
@@ -25,9 +25,9 @@ class ImageSimilarity(PictureMean):
         pretrained: hub name or folder of a CLIP (its picture embeddings), a DINO (its class tokens), or any :class:`Features`.
     """
 
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14") -> None:
+    def __init__(self, pretrained: str | Features = "openai/clip-vit-large-patch14") -> None:
         super().__init__()
-        self.features = Features(pretrained)
+        self.features = as_features(pretrained)
 
     def score(self, pictures: Tensor, sources: Tensor) -> Tensor:
         """Of pictures and those that they are compared with, each [b, 3, H, W] in [-1, 1], [b]."""
@@ -42,9 +42,9 @@ class SubjectSimilarity(PictureMean):
         pretrained: as in :class:`ImageSimilarity`.
     """
 
-    def __init__(self, pretrained: str = "openai/clip-vit-base-patch32") -> None:
+    def __init__(self, pretrained: str | Features = "openai/clip-vit-base-patch32") -> None:
         super().__init__()
-        self.features = Features(pretrained)
+        self.features = as_features(pretrained)
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and the pictures under ``extra["real"]`` of their records, [b]; nan where there are none."""
@@ -70,9 +70,9 @@ class ReferenceSimilarity(PictureMean):
         regions: where references' objects are; by default where the record has boxes.
     """
 
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", regions: Regions | None = None) -> None:
+    def __init__(self, pretrained: str | Features = "openai/clip-vit-large-patch14", regions: Regions | None = None) -> None:
         super().__init__()
-        self.features, self.regions = Features(pretrained), regions or RecordBoxes()
+        self.features, self.regions = as_features(pretrained), regions or RecordBoxes()
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and their records, [b]; nan where no reference counts."""
@@ -106,7 +106,7 @@ class FaceSimilarity(ReferenceSimilarity):
         regions: where the faces are.
     """
 
-    def __init__(self, pretrained: str, regions: Regions | None = None) -> None:
+    def __init__(self, pretrained: str | Features, regions: Regions | None = None) -> None:
         super().__init__(pretrained, regions or RecordBoxes("head"))
 
 
@@ -123,7 +123,7 @@ class MultimodalPromptScore(ReferenceSimilarity):
 
     asked: Tensor
 
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", regions: Regions | None = None) -> None:
+    def __init__(self, pretrained: str | Features = "openai/clip-vit-large-patch14", regions: Regions | None = None) -> None:
         super().__init__(pretrained, regions)
         self.add_state("asked", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 

@@ -83,6 +83,11 @@ class Features(nn.Module):
         return ((self.fit(pictures) + 1) / 2 - self.mean) / self.std
 
 
+def as_features(pretrained: str | Features) -> Features:
+    """A model by name or folder, or one that several scores share."""
+    return Features(pretrained) if isinstance(pretrained, str) else pretrained
+
+
 def _preprocessing(folder: str) -> dict[str, Any]:
     """What the model's ``preprocessor_config.json`` says; nothing where there is none."""
     try:
