@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from lightning_mmgen.build.attention import Row, Targets, look
+from lightning_mmgen.build.attention import Mode, Row, Targets, look
 from lightning_mmgen.build.generators import Generator, open_generator
 from lightning_mmgen.data.attention import Word
 from lightning_mmgen.data.images import pixels
@@ -76,7 +76,7 @@ def main() -> int:
     rows = [Row(r.id, "", pixels(r.target), r.caption or "", generator.words(r.caption or "")) for r in records if r.target is not None]
     print(f"{'layers':<55}{'mode':<5}" + "".join(f"{kind:>17}" for kind in NAMES))
     for layers in given.layers.split() or ["", *layers_of(generator.unet)]:
-        mode = "fast" if given.only_fast or layers else "full"
+        mode: Mode = "fast" if given.only_fast or (layers and not given.layers) else "full"
         settings = Targets("toybox", "toybox", mode=mode, steps=given.steps, layers=layers, batch_size=16)
         for line in measure(generator, scenes, rows, settings):
             print(f"{layers or 'default':<55}{line}", flush=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import Counter
@@ -242,6 +243,10 @@ def _targets(
         looked = look(generator, batch, settings, both)
         _note(notes, looked, len(batch))
         for row, maps in zip(batch, looked.maps[settings.mode], strict=True):
+            if not maps.isfinite().all():
+                tqdm.write(f"{row.id}: the model overflows, as it may with --dtype float16", sys.stderr)
+                counts["not a number"] += 1
+                continue
             counts["words"] += len(maps)
             yield row.id, WordMaps(row.image, [placed.word for placed in row.words], maps)
 
@@ -252,7 +257,8 @@ def _note(notes: dict[str, list[float]], looked: Looked, images: int) -> None:
         pairs = [agreement(a, b) for a, b in zip(looked.maps["fast"], looked.maps["full"], strict=True)]
         found["correlation of fast with full maps"], found["IoU of fast with full maps"] = ([*x] for x in zip(*pairs, strict=True))
     for name, numbers in found.items():
-        notes.setdefault(name, []).extend(numbers)
+        if finite := list(filter(math.isfinite, numbers)):
+            notes.setdefault(name, []).extend(finite)
 
 
 def _read(generator: Generator, source: Source, number: int, side: int, counts: Counter[str]) -> Row | None:
@@ -263,10 +269,11 @@ def _read(generator: Generator, source: Source, number: int, side: int, counts: 
         record = source.record(number)
         picture, caption = picture_of(record), caption_of(record)
         image, shown = content_hash(picture, source.root), pixels(picture, side, source.root)
-        rule = "without words"
+        rule = "too long"
         words = generator.words(caption)
         kept = [word for word in words if word.tokens]
         counts["words that the text encoder cut"] += len(words) - len(kept)
+        rule = "without words"
         if not kept:
             raise RecordError("its caption has no words")
     except RecordError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image as PILImage
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -191,8 +191,9 @@ def test_bad_rows_are_told_and_counted_and_words_past_the_end_too(
     rows[2]["caption"] = "a red star on a blue box on a green box on a red box"
     gone = {"instruction": "a", "target": "gone.png", "id": "gone"}
     data = write_rows(tmp_path / "data", [*rows, gone, {"instruction": ""}])
-    assert main([*arguments, "--data", data, "--mode", "fast"]) == 0
-    told = capsys.readouterr().err
+    assert main([*arguments, "--data", data, "--mode", "fast", "--compare", "0"]) == 0
+    report, told = capsys.readouterr()
+    assert "seconds an image" in report and "fast with full" not in report
     for line in (
         "row 1: its caption has no words",
         "row 2: 1.png: not a picture",
@@ -203,6 +204,25 @@ def test_bad_rows_are_told_and_counted_and_words_past_the_end_too(
     counts = json.loads((tmp_path / "out" / "build" / "counts.json").read_text())
     assert counts == {"rows": 5, "without words": 1, "unreadable": 3, "words that the text encoder cut": 5, "words": 10}
     assert list(AttentionTargets(tmp_path / "out")) == ["row 2"]
+
+
+def test_a_model_that_overflows_gives_no_targets(
+    arguments: list[str], painter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(painter)
+    pipe.vae.encoder.conv_out.weight.data.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "broken")
+    assert main([*arguments, "--model", str(tmp_path / "broken")]) == 0
+    out = capsys.readouterr()
+    assert "row 0: the model overflows" in out.err and "not a number" in out.out and "nan" not in out.out
+    assert len(AttentionTargets(tmp_path / "out")) == 0
+
+
+def test_a_caption_over_the_limit_of_the_vlm_is_counted(arguments: list[str], records: str, tmp_path: Path) -> None:
+    row = json.loads(Path(records).read_text().splitlines()[0])
+    data = write_rows(tmp_path / "data", [{**row, "caption": "red " * 2048}])
+    assert main([*arguments, "--data", data, "--model", "toybox"]) == 0
+    assert json.loads((tmp_path / "out" / "build" / "counts.json").read_text()) == {"rows": 1, "too long": 1}
 
 
 @pytest.mark.parametrize(
