@@ -1,6 +1,7 @@
 """Lightning callbacks, one a file; installed as ``lightning_mmgen.callbacks``."""
 
 from .answers import AnswerEvaluation
+from .attention_alignment import AttentionAlignment
 from .clip_score import CLIPScoreEvaluation
 from .consistency_penalty import ConsistencyPenalty
 from .drift import DriftEvaluation
@@ -19,6 +20,7 @@ from .run_card import RunCard
 __all__ = [
     "EMA",
     "AnswerEvaluation",
+    "AttentionAlignment",
     "CLIPScoreEvaluation",
     "ConsistencyPenalty",
     "DriftEvaluation",

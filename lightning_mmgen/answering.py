@@ -50,7 +50,7 @@ class VisualInstructionTuning(TunedModule):
 
     def build(self, weights: bool = True) -> None:
         self.head = self.encoder.build(weights)
-        self.table.apply(self, ["encoder", "head"])
+        self.apply_table(["encoder", "head"])
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ class Batch(NamedTuple):
         bare: what is left of each instruction without its references; by default its words without the markers.
         phrases: for each text, the phrases of its references by slot; by default empty ones.
         edit: sources and masks, where a sample is an edit.
+        regions: for each sample, where phrases lie in the target: phrase -> map [s, s] in [0, 1]; None where nobody asks.
     """
 
     instructions: list[str]
@@ -68,6 +69,7 @@ class Batch(NamedTuple):
     bare: list[str] | None = None
     phrases: list[list[str]] | None = None
     edit: Edit | None = None
+    regions: list[dict[str, Tensor]] | None = None
 
     @property
     def size(self) -> int:

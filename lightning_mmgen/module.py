@@ -77,7 +77,7 @@ class MultimodalDiffusion(TunedModule):
         if reference_attention is not None:
             self.reference_attention = reference_attention.build(self.unet)
             give_partial_pass(self.unet)
-        self.table.apply(self, [part for part in PARTS if getattr(self, part) is not None])
+        self.apply_table([part for part in PARTS if getattr(self, part) is not None])
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import lightning as L
@@ -90,6 +91,25 @@ class TunedModule(L.LightningModule, ABC):
     def build(self, weights: bool = True) -> None:
         """Create the parts and bring them under the table; ``weights=False`` builds from configurations alone (on the meta device, say)."""
 
+    def apply_table(self, parts: Sequence[str]) -> None:
+        """Bring the parts, and those of the loss's terms, under the parameter table; a subclass does so at the end of :meth:`build`.
+
+        Without a trainer there are no terms, and the rows of their parts hold nothing.
+
+        Args:
+            parts: dotted names, see :meth:`ParameterTable.apply`.
+        """
+        own = {name: part for term in self.terms() for name, part in term.parts(self).items()}
+        for name, part in own.items():
+            self.add_module(name, part)
+        if not self._trainer:
+            self.table.rows = [row for row in self.table.rows if self._holds(row.match)]
+        self.table.apply(self, [*parts, *own])
+
+    def _holds(self, name: str) -> bool:
+        """Whether a dotted name, or a pattern of one, begins in a part that is here."""
+        return any(fnmatchcase(child, name.split(".")[0]) for child, _ in self.named_children())
+
     # -- the loss ------------------------------------------------------------------------------------------------------------
 
     def terms(self) -> list[LossTerm]:
@@ -161,11 +181,11 @@ class TunedModule(L.LightningModule, ABC):
             ValueError: the checkpoint is of another parameter table.
         """
         self.on_load_checkpoint(checkpoint)
-        weights = {n: w.to(self.get_parameter(n).dtype) for n, w in trained_weights(checkpoint).items()}
+        weights = {n: w.to(self.get_parameter(n).dtype) for n, w in trained_weights(checkpoint).items() if self._trainer or self._holds(n)}
         self.load_state_dict(weights, strict=False)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        saved, here = set(checkpoint["state_dict"]), set(self.trainable())
+        saved, here = {n for n in checkpoint["state_dict"] if self._trainer or self._holds(n)}, set(self.trainable())
         if saved != here:
             name = sorted(saved ^ here)[0]
             where = "the checkpoint" if name in saved else "this parameter table"

@@ -19,12 +19,13 @@ from ..batch import Batch, Edit, pack
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
 from .images import open_picture, pixels
+from .masks import regions
 from .sources import RowError, Source, ToyboxSource, open_source
 
 
 class Sample(NamedTuple):
     """One record, ready: pictures are [3, h, w] in [-1, 1]; ``seed`` is what its noise is drawn from; ``source`` [3, h, w] and ``mask``
-    [1, h, w] in [0, 1], of the target's size, where it is an edit."""
+    [1, h, w] in [0, 1], of the target's size, where it is an edit; ``regions``: where its boxes' phrases lie, phrase -> [s, s]."""
 
     record: Record
     references: list[Tensor]
@@ -32,6 +33,7 @@ class Sample(NamedTuple):
     seed: int
     source: Tensor | None = None
     mask: Tensor | None = None
+    regions: dict[str, Tensor] | None = None
 
 
 class BadRow(NamedTuple):
@@ -60,12 +62,16 @@ class Recipe:
         reference_size: side in pixels of every reference, resized up or down (MUMU, section 4).
         target_size: side in pixels of the target; its centre is cropped to a square.
         encoder: whose limit of tokens a prompt may not pass; not checked if none is given.
+
+    Attributes:
+        regions: side of the maps of where a record's boxes lie; 0 for none.
     """
 
     def __init__(self, reference_size: int, target_size: int, encoder: Encoder | None = None) -> None:
         self.reference_size, self.target_size = reference_size, target_size
         self.tokenise = encoder.tokenise if encoder else None
         self.tokens = encoder.tokens_of(reference_size, reference_size) if encoder else 0
+        self.regions = 0
 
     def compose(self, record: Record, root: Path | None, rng: np.random.Generator) -> Record:
         """The record as a prompt; a recipe that makes its prompts at train time does so here."""
@@ -81,7 +87,8 @@ class Recipe:
         references = [pixels(r.image, self.reference_size, root) for r in record.references]
         assert record.target is not None
         target = pixels(record.target, None, root)
-        return self.finish(Sample(record, references, crop_square(target, self.target_size), seed), target, root)
+        where = regions(record.boxes, (target.shape[2], target.shape[1]), self.regions, root) if self.regions else None
+        return self.finish(Sample(record, references, crop_square(target, self.target_size), seed, regions=where), target, root)
 
     def finish(self, sample: Sample, target: Tensor, root: Path | None) -> Sample:
         """What a recipe adds to a sample; ``target`` [3, h, w] is the whole picture."""
@@ -177,6 +184,7 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
         [prompt.bare() for prompt in prompts],
         [[r.phrase for r in s.record.references] for s in good],
         _edits(good),
+        [s.regions or {} for s in good] if any(s.regions is not None for s in good) else None,
     )
     return batch, bad
 
@@ -206,6 +214,7 @@ class MultimodalDataModule(L.LightningDataModule):
         seed: of order and noise.
         bad_rows: share of rows that may be skipped before training stops.
         check: check every row's text and files before training, up to this many rows.
+        regions: side of the maps of where a record's boxes, or their masks, lie in the target, for :class:`AttentionAlignment`; 0 for none.
     """
 
     toybox: ClassVar[dict[str, Any]] = {"tasks": {"subject": 0.85, "caption": 0.15}}
@@ -225,12 +234,13 @@ class MultimodalDataModule(L.LightningDataModule):
         seed: int = 0,
         bad_rows: float = 0.01,
         check: int = 64,
+        regions: int = 0,
     ) -> None:
         super().__init__()
         self.train: Source = self._open(train, held_out=False)
         self.held_out: Source | None = None if held_out is None else self._open(held_out, held_out=True)
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
-        self.seed, self.bad_rows, self.check = seed, bad_rows, check
+        self.seed, self.bad_rows, self.check, self.regions = seed, bad_rows, check, regions
         self.bad: dict[int, str] = {}
         self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
         self._sampler: OrderedSampler | None = None
@@ -251,6 +261,7 @@ class MultimodalDataModule(L.LightningDataModule):
             raise ValueError("data.reference_size is needed where the model has no encoder to ask")
         side = self.reference_size or encoder.reference_size  # type: ignore[union-attr]
         self.recipe, self.held_out_recipe = (self.make_recipe(side, encoder, held_out) for held_out in (False, True))
+        self.recipe.regions = self.held_out_recipe.regions = self.regions
         if not getattr(module, "references_in_prompt", True):
             self.recipe.tokens = self.held_out_recipe.tokens = 0  # the prompt is as long as its words
         if stage == "fit":

@@ -1,11 +1,18 @@
-"""Edit masks out of pairs of pictures that come without one."""
+"""Edit masks out of pairs of pictures that come without one; and where phrases lie in a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL.Image import Resampling
 from scipy.ndimage import distance_transform_edt, label
 from torch import Tensor
+
+from ..prompt import Box
+from .images import open_picture
 
 
 def difference_mask(source: Tensor, target: Tensor, threshold: float = 0.1, dilate: float = 2.0, min_area: int = 16) -> Tensor:
@@ -33,6 +40,40 @@ def difference_mask(source: Tensor, target: Tensor, threshold: float = 0.1, dila
     if kept.any():
         kept = distance_transform_edt(~kept) <= dilate
     return torch.from_numpy(kept).float()[None]
+
+
+def regions(boxes: Sequence[Box], size: tuple[int, int], side: int, root: Path | None = None) -> dict[str, Tensor]:
+    """Where the boxes of each phrase, or their masks where they have some, lie in the square in the middle of a picture.
+
+    Args:
+        size: width and height of the picture in pixels.
+        side: of the maps.
+
+    Returns:
+        phrase -> [side, side] in [0, 1]: the share of each cell that they cover; phrases of which nothing is inside are left out.
+
+    Raises:
+        RecordError: a mask cannot be read.
+    """
+    edge = min(size)
+    left, top = (size[0] - edge) // 2, (size[1] - edge) // 2
+    maps: dict[str, Tensor] = {}
+    for box in boxes:
+        if box.mask is None:
+            x = _covered(box.left - left, box.right - left, edge, side)
+            own = _covered(box.top - top, box.bottom - top, edge, side)[:, None] * x
+        else:
+            mask = open_picture(box.mask, root).convert("L").resize(size).crop((left, top, left + edge, top + edge))
+            own = torch.from_numpy(np.asarray(mask.resize((side, side), Resampling.BOX), np.float32) / 255)
+        if own.any():
+            maps[box.phrase] = torch.maximum(own, maps.get(box.phrase, own))
+    return maps
+
+
+def _covered(low: float, high: float, length: int, cells: int) -> Tensor:
+    """The share of each of so many cells of a line that lies between two points of it."""
+    ends = torch.linspace(0, length, cells + 1)
+    return (ends[1:].clamp(max=high) - ends[:-1].clamp(min=low)).clamp(min=0) * cells / length
 
 
 def _size(picture: Tensor) -> str:

@@ -1,16 +1,21 @@
 """Loss functions, each with its equation and source, and the base of the loss terms that callbacks contribute."""
 
+from .alignment import aggregate, alignment, channels, mean_over_words, min_max
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
 from .diffusion import diffusion_loss
 from .language import language_loss
-from .schedule import LinearSchedule
+from .schedule import ExponentialSchedule, LinearSchedule
 from .term import AnsweringStep, DenoisingStep, LossTerm
 
 __all__ = [
     "AnsweringStep",
     "DenoisingStep",
+    "ExponentialSchedule",
     "LinearSchedule",
     "LossTerm",
+    "aggregate",
+    "alignment",
+    "channels",
     "composite",
     "counted_mean",
     "diffusion_loss",
@@ -18,6 +23,8 @@ __all__ = [
     "identity",
     "language_loss",
     "latent_mask",
+    "mean_over_words",
+    "min_max",
     "outside",
     "snr_weight",
     "spatial",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import Batch, Condition, QuestionBatch
 from ..models.encoder import Prompts
@@ -57,6 +57,10 @@ class LossTerm(Callback, ABC):
 
     def __init__(self, weight: float = 1.0) -> None:
         self.weight = weight
+
+    def parts(self, module: LightningModule) -> dict[str, nn.Module]:
+        """Modules of the term's own, by the names that the parameter table uses; asked for once the module has built its parts."""
+        return {}
 
     def clean(self, batch: Batch, z0: Tensor, source: Tensor | None) -> Tensor:
         """The latents that the step noises and the UNet is to find, in place of ``z0``; a term that changes them says so here."""

@@ -158,6 +158,11 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def heads_of(layer: Any) -> int:
+    """Query heads of an attention layer."""
+    return int(layer.heads if _in_unet(layer) else layer.config.num_attention_heads)
+
+
 def choose(names: Sequence[str], layers: Sequence[str | int] | None) -> list[str]:
     """The names that ``layers`` name: whole names or patterns with ``*``, or places from 0 (from -1: backwards); None for all.
 
