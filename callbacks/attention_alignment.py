@@ -23,7 +23,7 @@ from lightning_mmgen.losses import (
     aggregate,
     alignment,
     channels,
-    mean_over_words,
+    counted_mean,
     min_max,
 )
 from lightning_mmgen.losses.alignment import Aggregation
@@ -159,7 +159,7 @@ class AttentionAlignment(LossTerm):
     def compute(self, step: AnsweringStep | DenoisingStep) -> dict[str, Tensor]:
         aligned = self.align(step)
         self.maps, self.told = {}, {}  # what they hold is freed with the graph
-        term = mean_over_words(alignment(aligned.maps, aligned.targets), aligned.counts)
+        term = counted_mean(alignment(aligned.maps, aligned.targets), aligned.counts)
         return {"alignment": self.schedule.at(self.trainer.global_step) * term}
 
     def align(self, step: AnsweringStep | DenoisingStep) -> Aligned:

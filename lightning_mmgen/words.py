@@ -74,11 +74,12 @@ class WordMatcher:
             last = at
             while ends[last] < found.end():
                 last += 1
+            while last + 1 < len(ends) and ends[last + 1] == ends[last]:  # bytes of its last letter
+                last += 1
             reading = readings.get(found.start())
             if self.pos is None or (reading is not None and reading.pos in self.pos):
                 word = found[0].lower()
-                tokens = tuple(k for k in range(at, last + 1) if ends[k] > (ends[k - 1] if k else 0))
-                out.append(Word(word, tokens, self._root(word, reading)))
+                out.append(Word(word, tuple(range(at, last + 1)), self._root(word, reading)))
         return out
 
     def root(self, name: str) -> str:

@@ -1,6 +1,6 @@
 """Loss functions, each with its equation and source, and the base of the loss terms that callbacks contribute."""
 
-from .alignment import aggregate, alignment, channels, mean_over_words, min_max
+from .alignment import aggregate, alignment, channels, min_max
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
 from .diffusion import diffusion_loss
 from .language import language_loss
@@ -23,7 +23,6 @@ __all__ = [
     "identity",
     "language_loss",
     "latent_mask",
-    "mean_over_words",
     "min_max",
     "outside",
     "snr_weight",

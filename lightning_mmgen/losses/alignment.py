@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .consistency import counted_mean
-
 EPS = 1e-6
 Aggregation = Literal["mean", "max", "layers_first", "max_max", "flow_product", "flow_sum"]
 
@@ -27,16 +25,6 @@ def min_max(maps: Tensor) -> Tensor:
 def alignment(maps: Tensor, targets: Tensor) -> Tensor:
     """MSE(A_w, S_w) of each word, [n]: over the pixels of a map and its target, both in [0, 1]."""
     return (maps.float() - targets.float()).square().mean(dim=(1, 2))
-
-
-def mean_over_words(errors: Tensor, counts: Tensor) -> Tensor:
-    """L_att = 1 / |W| sum over the matched words w of MSE(A_w, S_w), over the words of all ranks.
-
-    Args:
-        errors: [n].
-        counts: [n], False for a stand-in where nothing matched: a zero connected to the graph.
-    """
-    return counted_mean(errors, counts)
 
 
 def channels(how: Aggregation, heads: Sequence[int]) -> list[int]:
@@ -58,8 +46,8 @@ def aggregate(layers: Sequence[Tensor], aligners: Sequence[Callable[[Tensor], Te
     """The maps of all layers and heads as one a word, in [0, 1] (Lavender, appendix: aggregation).
 
     ``mean`` and ``max``: Align_l(A_l), over the layers l. ``layers_first``: Align(mean_l A_l). ``max_max``: Align(max_l max_heads A_l).
-    ``flow_product`` and ``flow_sum``: Align of the product or the sum over layers of the heads' means; in the product each map is divided
-    by its largest value, which the min-max at the end forgets.
+    ``flow_product`` and ``flow_sum``: Align of the product or the sum over layers of the heads' means; a product is divided by its largest
+    value, or many layers would leave nothing of it.
 
     Args:
         layers: [n, heads, h, w] each.
@@ -77,5 +65,11 @@ def aggregate(layers: Sequence[Tensor], aligners: Sequence[Callable[[Tensor], Te
         joined = torch.stack([maps.amax(1, keepdim=True) for maps in layers]).amax(0)
     else:
         means = torch.stack([maps.mean(1, keepdim=True) for maps in layers])
-        joined = means.sum(0) if how == "flow_sum" else (means / means.amax(dim=(-2, -1), keepdim=True).clamp(min=EPS)).prod(0)
+        joined = means.sum(0) if how == "flow_sum" else _scaled_product(means)
     return min_max(aligners[0](joined))
+
+
+def _scaled_product(maps: Tensor) -> Tensor:
+    """The product of maps [layers, n, 1, h, w] over the layers, divided by its largest value."""
+    logs = maps.clamp(min=torch.finfo(maps.dtype).tiny).log().sum(0)
+    return (logs - logs.amax(dim=(-2, -1), keepdim=True)).exp()

@@ -103,8 +103,9 @@ class Attention(NamedTuple):
             queries = self.queries.take_along_dim(at[:, None, :, None], 2)
         else:
             queries = self.queries[0][:, at + first].transpose(0, 1)
-        grouped = queries.reshape(len(at), keys.shape[1], -1, *queries.shape[2:])  # [b, groups, heads / groups, w, d]
-        scores = (grouped @ keys.unsqueeze(2).transpose(-1, -2)).flatten(1, 2).float() * self.scale
+        b, heads, w, d = queries.shape
+        grouped = queries.reshape(b, keys.shape[1], -1, d)  # [b, groups, heads / groups * w, d]
+        scores = (grouped @ keys.transpose(-1, -2)).view(b, heads, w, -1).float() * self.scale
         if self.mask is not None:
             mask = self._mask(self.mask, at + first, first + torch.arange(keys.shape[2], device=at.device))
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
