@@ -121,7 +121,7 @@ class Table(Layout):
         text = words(parts["instruction"])
         if not text:
             raise Dropped("instruction empty")
-        if (source := _picture(parts["source"])) is None:
+        if (source := picture_of(parts["source"])) is None:
             raise Dropped("instruction without source")
         session, turn = (parts["session"], parts["turn"]) if columns.session else (None, None)
         if columns.session and (session is None or type(turn) is not int):
@@ -129,8 +129,8 @@ class Table(Layout):
         return Edit(
             EDIT.format(text),
             (source,),
-            _picture(parts["target"]),
-            _picture(parts.get("mask")),
+            picture_of(parts["target"]),
+            picture_of(parts.get("mask")),
             None if session is None else str(session),
             None if turn is None else turn - 1,
             words(parts.get("caption")),
@@ -188,7 +188,7 @@ def words(text: Any) -> str:
     return without_markers(text.encode(errors="replace").decode()) if isinstance(text, str) else ""
 
 
-def _picture(value: Any) -> str | bytes | None:
+def picture_of(value: Any) -> str | bytes | None:
     """The picture of a column: bytes, a path, or either in the struct of ``datasets``."""
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
@@ -226,14 +226,14 @@ def open_layout(data: str, form: str | None, names: Mapping[str, str | None], sp
     if form == "omnigen":
         return OmniGen(Lines(place), PUBLISHED[form]._replace(**given), root or place.parent)
     if form == "step1x":
-        return Table(_step1x(place, root or place.parent), PUBLISHED[form], root, _digest(place))
-    rows = _open(data, split, streaming=True)
+        return Table(_step1x(place, root or place.parent), PUBLISHED[form], root, files_digest(place))
+    rows = open_rows(data, split, streaming=True)
     have = rows.column_names or list(next(iter(rows), {}))
     columns = _columns(data, form, have)._replace(**given)
     _check(data, columns, have)
     if columns.session:
-        return Sessions(_open(data, split, streaming=False), columns, root, _digest(place))
-    return Table(rows, columns, root, _digest(place))
+        return Sessions(open_rows(data, split, streaming=False), columns, root, files_digest(place))
+    return Table(rows, columns, root, files_digest(place))
 
 
 def _guess(place: Path) -> str | None:
@@ -262,7 +262,7 @@ def _check(data: str, columns: Columns, have: list[str]) -> None:
         raise ValueError("source, target and instruction need a column each; session and turn go together")
 
 
-def _open(data: str, split: str, streaming: bool) -> Any:
+def open_rows(data: str, split: str, streaming: bool) -> Any:
     """Rows of ``datasets``; those that ``save_to_disk`` wrote are at hand in any case."""
     import datasets
 
@@ -293,7 +293,7 @@ def _step1x(place: Path, folder: Path) -> Any:
     return datasets.Dataset.from_dict({**sides, "instruction": list(prompts.values())})
 
 
-def _digest(place: Path) -> str:
+def files_digest(place: Path) -> str:
     """Names and sizes of the files; the hub's name alone."""
     files = sorted(place.rglob("*")) if place.is_dir() else [place]
     return digest_of([f"{path.relative_to(place)} {path.stat().st_size}" for path in files if path.is_file()] or [str(place)])

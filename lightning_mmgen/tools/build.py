@@ -26,6 +26,10 @@ def build(args: argparse.Namespace) -> str:
         from ..build.edits import Edits, build_edits
 
         return build_edits(_settings(Edits, args), args.out, Shard.parse(args.shard))
+    if args.action == "questions":
+        from ..build.questions import Questions, build_questions
+
+        return build_questions(_settings(Questions, args), args.out, Shard.parse(args.shard))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.action == "crops":
         from ..build import crops

@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
     _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
     _edits(build.add_parser("edits", help="published edits: a source, an instruction, a target"))
     _attention(build.add_parser("attention", help="where a diffusion model looks for each word of a caption"))
+    _questions(build.add_parser("questions", help="published pictures with questions and answers, or captions"))
     return top
 
 
@@ -215,6 +216,21 @@ def _attention(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=4, help="pictures a batch")
     command.add_argument("--shard-size", type=int, default=64, help="rows a file")
     _common(command)
+
+
+def _questions(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--data", required=True, metavar="NAME|FOLDER|FILE", help="of the hub or on disk, streamed; laion: .tar files too")
+    command.add_argument("--format", choices=["flickr30k", "rlaifv", "ocrvqa", "laion"], help="guessed by default")
+    command.add_argument("--split", default="train", help="of a data set that has several")
+    command.add_argument(
+        "--images", default="", metavar="DIR", help="where pictures that are given by a path lie; beside the data by default"
+    )
+    command.add_argument("--question", default="Describe the picture.", help="what is asked where the answers are captions")
+    command.add_argument("--per-image", type=int, default=0, metavar="N", help="most questions of a picture; 0 for all")
+    command.add_argument("--max-rows", type=int, default=0, metavar="N", help="rows to read; 0 for all")
+    for name in ("image", "question", "answer", "id"):
+        command.add_argument(f"--{name}-column", metavar="NAME", help="the format's own by default")
+    _output(command)
 
 
 def _output(command: argparse.ArgumentParser) -> None:
