@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mmgen.data.sources import Source
+from lightning_mmgen.data.streams import Stream
 
 from .held_out import HeldOutCallback
 from .picture_grid import PictureGrid
@@ -65,7 +66,7 @@ class RunCard(Callback):
             "python": sys.version.split()[0],
             "packages": {name: version(name) for name in PACKAGES},
             "revision": revision(),
-            "data": source.fingerprint() if isinstance(source, Source) else None,
+            "data": source.fingerprint() if isinstance(source, (Source, Stream)) else None,
         }
 
     @rank_zero_only

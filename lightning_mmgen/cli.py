@@ -25,7 +25,9 @@ from .data.edits import EditDataModule
 from .data.instructions import InstructionDataModule
 from .data.questions import VQADataModule
 from .data.retrieval import RetrievalDataModule
+from .data.shards import WebDatasetSource, WebDatasetStream
 from .data.sources import DatasetSource, JSONLSource, ToyboxSource
+from .data.streams import DatasetStream
 from .data.suites import DreamBenchSource, PartiPromptsSource, SuiteDataModule
 from .models.encoder import encoders
 from .module import MultimodalDiffusion
@@ -36,6 +38,9 @@ SHORT_NAMES = (
     JSONLSource,
     DatasetSource,
     ToyboxSource,
+    WebDatasetSource,
+    WebDatasetStream,
+    DatasetStream,
     CropDataModule,
     EditDataModule,
     RetrievalDataModule,

@@ -18,6 +18,7 @@ from .controls import makers
 from .datamodule import MultimodalDataModule, Recipe
 from .images import open_picture, square_around
 from .sources import Source
+from .streams import Stream
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ class CropDataModule(MultimodalDataModule):
 
     def __init__(
         self,
-        train: Source | str,
+        train: Source | Stream | str,
         held_out: Source | str | None = None,
         crops_per_prompt: int = 3,
         people_first: bool = False,
@@ -276,6 +277,8 @@ class CropDataModule(MultimodalDataModule):
         self.cropping = Cropping(crops_per_prompt, people_first, head_share, augmented_share, control_share, controls, segmented=segmented)
         self.depth_model, self.person_weight = depth_model, person_weight
         if person_weight != 1:
+            if isinstance(self.train, Stream):
+                raise ValueError("person_weight needs a source whose rows have places, not a stream")
             self.train = Repeated(self.train, self.train.with_people(), person_weight, self.seed)
 
     def make_recipe(self, reference_size: int, encoder: Encoder | None, held_out: bool) -> Recipe:

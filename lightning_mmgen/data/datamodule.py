@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..batch import Batch, Edit, pack
 from ..models.encoder import Encoder
@@ -21,6 +22,7 @@ from ..prompt import Record, RecordError
 from .images import open_picture, pixels
 from .masks import regions
 from .sources import RowError, Source, ToyboxSource, open_source
+from .streams import Lane, Mark, Stream, StreamRow
 
 
 class Sample(NamedTuple):
@@ -125,6 +127,70 @@ class RecordDataset(Dataset[Any]):
             return BadRow(self.source.row(*position), f"{self.source.name(*position)}: {error}")
 
 
+class StreamDataset(IterableDataset[Any]):
+    """Batches of a stream, without end; every process of every rank reads a lane of its own.
+
+    Attributes:
+        batches, samples: that this rank has been handed, bad rows included.
+        marks: where each of its lanes stands.
+    """
+
+    def __init__(self, stream: Stream, recipe: Recipe, seed: int, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> None:
+        self.stream, self.recipe, self.seed, self.batch_size = stream, recipe, seed, batch_size
+        self.workers, self.rank, self.world = max(workers, 1), rank, world
+        self.batches, self.samples, self.marks = 0, 0, [Mark()] * self.workers
+        self.lane(0)
+
+    def lane(self, index: int) -> Lane:
+        """Raises: ValueError: more lanes than shards."""
+        readers = self.world * self.workers
+        return Lane(self.stream, self.rank * self.workers + index, readers, self.seed, self.marks[index])
+
+    def __iter__(self) -> Iterator[tuple[Batch | None, list[BadRow], int, Mark]]:
+        """Batches, their bad rows, which lane they are of, and its mark behind them."""
+        if (worker := get_worker_info()) is not None:
+            import fsspec
+
+            fsspec.asyn.reset_lock()  # else a forked process may wait forever for its parent's thread
+        index = (self.batches + (worker.id if worker else 0)) % self.workers  # the loader asks its processes in turn from the first on
+        rows = iter(self.lane(index))
+        while True:
+            taken = list(islice(rows, self.batch_size))
+            yield *collate([self.sample(row) for row, _ in taken]), index, taken[-1][1]
+
+    def sample(self, row: StreamRow) -> Sample | BadRow:
+        """A row, ready, or what is wrong with it."""
+        name = self.stream.name(row.shard, row.row)
+        if isinstance(row.record, RecordError):
+            return BadRow(row.number, str(row.record))
+        try:
+            record = row.record if row.record.id else replace(row.record, id=name)
+            return self.recipe(record, self.stream.root, sample_seed(self.seed, row.epoch, row.number))
+        except RecordError as error:
+            return BadRow(row.number, f"{name}: {error}")
+
+    def take(self, index: int, mark: Mark) -> None:
+        """Count a batch of this lane as handed over."""
+        self.batches, self.samples, self.marks[index] = self.batches + 1, self.samples + self.batch_size, mark
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of this rank."""
+        return {"batches": self.batches, "samples": self.samples, "marks": [list(mark) for mark in self.marks]}
+
+    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+        """Go on from the states of all ranks.
+
+        Raises:
+            ValueError: they are of other numbers of ranks or workers.
+        """
+        if (saved := (len(state), len(state[0]["marks"]))) != (self.world, self.workers):
+            raise ValueError(
+                f"a stream goes on with as many readers as before: {saved[0]} ranks x {saved[1]} workers, not {self.world} x {self.workers}"
+            )
+        own = state[self.rank]
+        self.batches, self.samples, self.marks = own["batches"], own["samples"], [Mark(*mark) for mark in own["marks"]]
+
+
 class OrderedSampler(Sampler[list[Position]]):
     """Batches of one global order, sliced by rank, from any position on.
 
@@ -147,11 +213,12 @@ class OrderedSampler(Sampler[list[Position]]):
         whole = self.length // (self.batch_size * self.world)
         return whole if self.seed is not None else -(-self.length // (self.batch_size * self.world))
 
-    def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The rows of an epoch in their global order."""
-        if self.seed is None:
-            return np.arange(self.length)
-        return np.random.default_rng((self.seed, epoch)).permutation(self.length)
+    def order(self, epoch: int) -> np.ndarray[Any, Any]:
+        """The rows of an epoch in their global order: 4 bytes a row, up to 2^31 rows."""
+        order = np.arange(self.length, dtype=np.int32 if self.length < 2**31 else np.int64)
+        if self.seed is not None:
+            np.random.default_rng((self.seed, epoch)).shuffle(order)
+        return order
 
     def seek(self, epoch: int, start: int) -> tuple[int, int]:
         """Begin the next iteration after ``start`` samples of ``epoch``, or with the next epoch where less than a batch is left."""
@@ -205,8 +272,9 @@ class MultimodalDataModule(L.LightningDataModule):
     """Multimodal instructions for training, and a fixed held-out set.
 
     Args:
-        train: a source, the path of one, or ``toybox``: records of the embedded world that suit this data module.
-        held_out: the same for evaluation; none is allowed.
+        train: a source, the path of one, or ``toybox``: records of the embedded world that suit this data module; or a stream, which has
+            no end: ``trainer.max_steps`` ends the run.
+        held_out: a source for evaluation; none is allowed.
         target_size: side of the pictures to generate, in pixels.
         reference_size: side of the references, in pixels; by default what fills the encoder's token budget.
         batch_size: of one device.
@@ -225,7 +293,7 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: Source | str,
+        train: Source | Stream | str,
         held_out: Source | str | None = None,
         target_size: int = 1024,
         reference_size: int | None = None,
@@ -237,13 +305,15 @@ class MultimodalDataModule(L.LightningDataModule):
         regions: int = 0,
     ) -> None:
         super().__init__()
-        self.train: Source = self._open(train, held_out=False)
+        self.train: Any = train if isinstance(train, Stream) else self._open(train, held_out=False)  # a Source or Stream
         self.held_out: Source | None = None if held_out is None else self._open(held_out, held_out=True)
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
         self.seed, self.bad_rows, self.check, self.regions = seed, bad_rows, check, regions
         self.bad: dict[int, str] = {}
         self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
         self._sampler: OrderedSampler | None = None
+        self._streamed: StreamDataset | None = None
+        self._resume_stream: list[dict[str, Any]] | None = None
 
     def _open(self, source: Source | str, held_out: bool) -> Source:
         if source == "toybox":
@@ -269,20 +339,35 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def _first_rows(self) -> None:
         """Fail before training where the first rows already show that it cannot succeed."""
-        bad = []
-        rows = min(self.check, len(self.train))
-        for i in range(rows):
-            item = RecordDataset(self.train, self.recipe, self.seed)[Position(i, 0)]
-            if isinstance(item, BadRow):
-                bad.append(item)
-        if rows and len(bad) / rows > self.bad_rows and len(bad) > self.bad_rows * len(self.train):
-            raise RecordError(f"{len(bad)} of the first {rows} rows are bad (bad_rows: {self.bad_rows}); {bad[0].reason}")
+        if isinstance(self.train, Stream):
+            data = StreamDataset(self.train, self.recipe, self.seed, self.batch_size, 1)
+            read = islice(enumerate(self.train.read(0)), self.check)
+            items = [data.sample(StreamRow(0, 0, i, record)) for i, record in read]
+        else:
+            dataset = RecordDataset(self.train, self.recipe, self.seed)
+            items = [dataset[Position(i, 0)] for i in range(min(self.check, len(self.train)))]
+        bad = [item for item in items if isinstance(item, BadRow)]
+        if items and len(bad) / len(items) > self.bad_rows and len(bad) > self.bad_rows * self._rows():
+            raise RecordError(f"{len(bad)} of the first {len(items)} rows are bad (bad_rows: {self.bad_rows}); {bad[0].reason}")
+
+    def _rows(self) -> int:
+        """Of an epoch; a stream, which does not say, has so many before a share of them means anything."""
+        return 1000 if isinstance(self.train, Stream) else len(self.train)
 
     def train_dataloader(self) -> DataLoader[Any]:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if isinstance(self.train, Stream):
+            return self._stream_loader(self.train, rank, world)
         self._sampler = OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
         self._resume = self._sampler.seek(*self._resume)
         return self._loader(self.train, self._sampler, self.recipe)
+
+    def _stream_loader(self, stream: Stream, rank: int, world: int) -> DataLoader[Any]:
+        data = StreamDataset(stream, self.recipe, self.seed, self.batch_size, self.workers, rank, world)
+        if (state := self._resume_stream) is not None:
+            data.load_state_dict(state)
+        self._streamed, self._resume_stream = data, None
+        return DataLoader(self._streamed, batch_size=None, num_workers=self.workers, generator=torch.Generator())
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.held_out is None:
@@ -330,12 +415,15 @@ class MultimodalDataModule(L.LightningDataModule):
     # -- bad rows, position ---------------------------------------------------------------------------------------------------
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        good, bad = batch
+        good, bad, *stand = batch
         if self.trainer and not self.trainer.training:
             if bad:
                 raise RecordError(f"a held-out row is bad: {bad[0].reason}")
             return good
-        if self.trainer:
+        if stand:
+            assert self._streamed is not None
+            self._streamed.take(*stand)
+        elif self.trainer:
             self.advance()  # here, because Lightning calls no on_train_batch_start for a batch of bad rows alone
         for row in bad:
             self.bad[row.index] = row.reason
@@ -350,10 +438,11 @@ class MultimodalDataModule(L.LightningDataModule):
             with (folder / f"bad_rows.{self.trainer.global_rank}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row._asdict()) + "\n" for row in bad)
         epoch, consumed = self._resume
-        if len(self.bad) > self.bad_rows * max(epoch * len(self.train) + consumed, len(self.train)):  # a mixture has more rows than places
-            raise RecordError(
-                f"{len(self.bad)} of {len(self.train)} rows are bad, more than bad_rows={self.bad_rows}; last: {bad[-1].reason}"
-            )
+        rows = self._rows()
+        seen = self._streamed.samples * self._streamed.world if self._streamed else epoch * rows + consumed
+        if len(self.bad) > self.bad_rows * max(seen, rows):  # a mixture has more rows than places
+            of = f"{seen} rows read" if self._streamed else f"{rows} rows"
+            raise RecordError(f"{len(self.bad)} of {of} are bad, more than bad_rows={self.bad_rows}; last: {bad[-1].reason}")
 
     def advance(self, batches: int = 1) -> None:
         """Count ``batches`` global batches of the current epoch as consumed."""
@@ -362,9 +451,21 @@ class MultimodalDataModule(L.LightningDataModule):
         self._resume = self._sampler.seek(epoch, start + batches * self._sampler.batch_size * self._sampler.world)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self._resume[0], "consumed": self._resume[1], "seed": self.seed, "bad": dict(self.bad)}
+        state = {"epoch": self._resume[0], "consumed": self._resume[1], "seed": self.seed, "bad": dict(self.bad)}
+        return state if self._streamed is None else {**state, "streams": of_all_ranks(self._streamed.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["seed"] != self.seed:
             raise ValueError(f"the checkpoint was made with data seed {state['seed']}, not {self.seed}")
-        self._resume, self.bad = (state["epoch"], state["consumed"]), dict(state["bad"])
+        if ("streams" in state) != isinstance(self.train, Stream):
+            raise ValueError("data.train is a stream in the checkpoint or here, but not in both")
+        self._resume, self.bad, self._resume_stream = (state["epoch"], state["consumed"]), dict(state["bad"]), state.get("streams")
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """The value of every rank, in order; all of them ask."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    out: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(out, value)
+    return out

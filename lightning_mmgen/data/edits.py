@@ -15,6 +15,7 @@ from .datamodule import MultimodalDataModule, Recipe, Sample, crop_square
 from .images import other_aspect, pixels
 from .masks import difference_mask
 from .sources import Source
+from .streams import Stream
 
 
 class EditRecipe(Recipe):
@@ -101,7 +102,7 @@ class EditDataModule(MultimodalDataModule):
 
     def __init__(
         self,
-        train: Source | str,
+        train: Source | Stream | str,
         held_out: Source | str | None = None,
         max_aspect: float = 1.02,
         threshold: float = 0.1,

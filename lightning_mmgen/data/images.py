@@ -68,6 +68,17 @@ def open_picture(picture: Picture, root: Path | None = None, alpha: bool = False
         raise RecordError(f"{name}: cannot be read as a picture ({type(error).__name__}: {str(error)[:80]})") from error
 
 
+def encode_png(picture: Picture, root: Path | None = None) -> bytes:
+    """Any picture as the bytes of an upright RGB PNG.
+
+    Raises:
+        RecordError: it cannot be read.
+    """
+    buffer = io.BytesIO()
+    open_picture(picture, root).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def _upright(image: Image, alpha: bool) -> Image:
     if image.width * image.height > MAX_PIXELS:
         raise PILImage.DecompressionBombError

@@ -14,6 +14,7 @@ from ..prompt import MARKER, Record, RecordError, Reference
 from .datamodule import MultimodalDataModule, Recipe
 from .images import locate_file
 from .sources import Source
+from .streams import Stream
 
 
 class RetrievalRecipe(Recipe):
@@ -80,7 +81,12 @@ class RetrievalDataModule(MultimodalDataModule):
     toybox_held_out: ClassVar = {"tasks": {"retrieval": 1.0}, "length": 256}
 
     def __init__(
-        self, train: Source | str, held_out: Source | str | None = None, context: int = 3, swap_target: bool = False, **settings: Any
+        self,
+        train: Source | Stream | str,
+        held_out: Source | str | None = None,
+        context: int = 3,
+        swap_target: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(train, held_out, **settings)
         self.context, self.swap_target = context, swap_target

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,27 +81,35 @@ class Lines:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        digest = hashlib.sha256()
-
-        def lengths() -> Iterator[int]:
-            with path.open("rb") as file:
-                for line in file:
-                    digest.update(line)
-                    yield len(line)
-
-        ends = np.fromiter(lengths(), np.int64).cumsum()
-        if not len(ends):
+        self.path, self.ends = path, line_ends(path)
+        if not len(self.ends):
             raise ValueError(f"{path}: holds no rows")
-        self.path, self.edges, self.digest = path, np.concatenate([[0], ends]), digest.hexdigest()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return file_digest(self.path)
 
     def __len__(self) -> int:
-        return len(self.edges) - 1
+        return len(self.ends)
 
     def __getitem__(self, index: int) -> bytes:
-        start, end = self.edges[index], self.edges[index + 1]
+        start, end = self.ends[index - 1] if index else 0, self.ends[index]
         with self.path.open("rb") as file:
             file.seek(int(start))
             return file.read(int(end - start))
+
+
+def line_ends(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where each line of a file ends, in bytes from its beginning."""
+    ends, at = [], 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
+            at += len(block)
+    if at and not (len(ends[-1]) and ends[-1][-1] == at):
+        ends.append(np.array([at]))  # the last line lacks its end
+    return np.concatenate(ends) if ends else np.empty(0, np.int64)
 
 
 class JSONLSource(Source):
@@ -259,7 +267,11 @@ class ToyboxSource(Source):
 
 
 def open_source(path: str) -> Source:
-    """The source for a path: ``.jsonl``, ``.parquet``, a folder or a name of ``datasets``."""
+    """The source for a path: ``.jsonl``, shards ``.tar``, ``.parquet``, a folder or a name of ``datasets``."""
+    if path.endswith(".tar"):
+        from .shards import WebDatasetSource
+
+        return WebDatasetSource(path)
     return JSONLSource(path) if path.endswith((".jsonl", ".json")) else DatasetSource(path)
 
 
