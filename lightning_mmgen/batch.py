@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,22 @@ class PackedImages(NamedTuple):
         pixels: [n, 3, h, w] in [-1, 1].
         sample: [n], which sample of the batch each belongs to.
         slot: [n], which reference of that sample (index, not marker).
+        patches: [n, m, d], what the encoder's vision tower makes of them, where it is known beforehand.
     """
 
     pixels: Tensor
     sample: Tensor
     slot: Tensor
+    patches: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedImages:
+        """With every tensor changed."""
+        patches = None if self.patches is None else change(self.patches)
+        return PackedImages(change(self.pixels), change(self.sample), change(self.slot), patches)
+
+    def take(self, rows: Tensor) -> PackedImages:
+        """The pictures where ``rows`` [n] is True."""
+        return self.map(lambda t: t[rows])
 
 
 class Edit(NamedTuple):
@@ -42,6 +54,14 @@ class Edit(NamedTuple):
         return source * self.shown.view(-1, 1, 1, 1)
 
 
+class Moments(NamedTuple):
+    """Mean and log-variance of the VAE's posterior, known beforehand: of targets and of sources [b, 2c, h, w]; None where one of
+    them is not."""
+
+    target: Tensor | None = None
+    source: Tensor | None = None
+
+
 class Batch(NamedTuple):
     """Samples of equal target size.
 
@@ -57,6 +77,7 @@ class Batch(NamedTuple):
         phrases: for each text, the phrases of its references by slot; by default empty ones.
         edit: sources and masks, where a sample is an edit.
         regions: for each sample, where phrases lie in the target: phrase -> map [s, s] in [0, 1]; None where nobody asks.
+        moments: what the VAE makes of targets and sources, where it is known beforehand.
     """
 
     instructions: list[str]
@@ -70,6 +91,7 @@ class Batch(NamedTuple):
     phrases: list[list[str]] | None = None
     edit: Edit | None = None
     regions: list[dict[str, Tensor]] | None = None
+    moments: Moments | None = None
 
     @property
     def size(self) -> int:
@@ -145,13 +167,17 @@ class Condition(NamedTuple):
     source: Tensor | None = None
 
 
-def pack(pictures: list[list[Tensor]]) -> list[PackedImages]:
-    """Pack each sample's pictures ([3, h, w], any sizes) into one group a size, in order of first appearance."""
-    groups: dict[tuple[int, ...], list[tuple[Tensor, int, int]]] = {}
+def pack(pictures: list[list[Tensor]], patches: Callable[[Tensor], Tensor | None] = lambda _: None) -> list[PackedImages]:
+    """Pack each sample's pictures ([3, h, w], any sizes) into one group a size, in order of first appearance; those whose ``patches`` are
+    known apart from others."""
+    groups: dict[tuple[int, ...], list[tuple[Tensor, int, int, Tensor | None]]] = {}
     for sample, images in enumerate(pictures):
         for slot, image in enumerate(images):
-            groups.setdefault(tuple(image.shape), []).append((image, sample, slot))
-    return [
-        PackedImages(torch.stack([g[0] for g in group]), torch.tensor([g[1] for g in group]), torch.tensor([g[2] for g in group]))
-        for group in groups.values()
-    ]
+            known = patches(image)
+            groups.setdefault((*image.shape, known is not None), []).append((image, sample, slot, known))
+    out = []
+    for group in groups.values():
+        images, samples, slots, found = (list(column) for column in zip(*group, strict=True))
+        together = None if found[0] is None else torch.stack(found)
+        out.append(PackedImages(torch.stack(images), torch.tensor(samples), torch.tensor(slots), together))
+    return out

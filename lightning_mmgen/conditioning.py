@@ -52,7 +52,8 @@ class Conditioner(NamedTuple):
         if self.encoder.device is None:
             return self.adapter(self.encoder(instructions, markers, references))
         there, here = (next(part.parameters()).device for part in (self.encoder, self.adapter))
-        states = self.encoder(instructions, markers, [group._replace(pixels=group.pixels.to(there)) for group in references])
+        moved = [g._replace(pixels=g.pixels.to(there), patches=None if g.patches is None else g.patches.to(there)) for g in references]
+        states = self.encoder(instructions, markers, moved)
         return self.adapter(states._replace(tokens=states.tokens.to(here), mask=states.mask.to(here)))
 
     def context(self, told: Condition, markers: list[list[int]], references: list[PackedImages]) -> Context:

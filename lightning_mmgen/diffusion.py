@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .batch import Batch, PackedImages
+from .batch import Batch
 from .prompt import without_markers
 
 
@@ -191,6 +191,6 @@ def drop_condition(batch: Batch, dropout: ConditionDropout, draws: Tensor) -> Ba
     for group in batch.references:
         rows = kept.to(group.sample.device)[group.sample]
         if rows.any():
-            references.append(PackedImages(group.pixels[rows], group.sample[rows], group.slot[rows]))
+            references.append(group.take(rows))
     edit = batch.edit and batch.edit._replace(shown=batch.edit.shown & kept.to(batch.edit.shown.device))
     return batch._replace(instructions=instructions, markers=markers, references=references, phrases=phrases, edit=edit)

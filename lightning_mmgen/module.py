@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .batch import Batch, Condition
+from .batch import Batch, Condition, Moments
 from .conditioning import Conditioner
 from .diffusion import ConditionDropout, Diffusion, drop_condition
 from .losses import DenoisingStep, diffusion_loss
@@ -108,8 +108,9 @@ class MultimodalDiffusion(TunedModule):
 
     def predict(self, batch: Batch, draw: SampleNoise) -> DenoisingStep:
         """Encode the target, noise it, encode the prompts, and let the UNet predict."""
-        z0 = self.codec.encode(batch.target, draw.posterior.to(batch.target.device))
-        source = None if batch.edit is None else self.codec.encode(batch.edit.source)
+        known = batch.moments or Moments()
+        z0 = self.codec.encode(batch.target, draw.posterior.to(batch.target.device), known.target)
+        source = None if batch.edit is None else self.codec.encode(batch.edit.source, moments=known.source)
         for term in self.terms():
             z0 = term.clean(batch, z0, source)
         noise, timesteps = draw.noise.to(z0.device), draw.timesteps.to(z0.device)

@@ -210,7 +210,7 @@ class MultimodalPipeline(DiffusionPipeline):
         source: Tensor | None = None,
     ) -> Condition:
         """What the UNet attends to, for b prompts; ``source``: latents [b, c, h, w] that it takes beside z_t."""
-        references = [PackedImages(*(t.to(self.device) for t in group)) for group in references]
+        references = [group.map(lambda t: t.to(self.device)) for group in references]
         condition = Conditioner(self.encoder, self.adapter, self.unet, self.codec, self.reference_attention)
         return condition(instructions, markers, references, phrases)._replace(source=source)
 

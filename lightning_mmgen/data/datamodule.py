@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
-from ..batch import Batch, Edit, pack
+from ..batch import Batch, Edit, Moments, pack
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
+from .cache import Caches, open_caches, warn_of_misses
 from .images import open_picture, pixels
 from .masks import regions
 from .sources import RowError, Source, ToyboxSource, open_source
@@ -137,7 +139,7 @@ class StreamDataset(IterableDataset[Any]):
 
     def __init__(self, stream: Stream, recipe: Recipe, seed: int, batch_size: int, workers: int, rank: int = 0, world: int = 1) -> None:
         self.stream, self.recipe, self.seed, self.batch_size = stream, recipe, seed, batch_size
-        self.workers, self.rank, self.world = max(workers, 1), rank, world
+        self.workers, self.rank, self.world, self.caches = max(workers, 1), rank, world, Caches()
         self.batches, self.samples, self.marks = 0, 0, [Mark()] * self.workers
         self.lane(0)
 
@@ -156,7 +158,7 @@ class StreamDataset(IterableDataset[Any]):
         rows = iter(self.lane(index))
         while True:
             taken = list(islice(rows, self.batch_size))
-            yield *collate([self.sample(row) for row, _ in taken]), index, taken[-1][1]
+            yield *collate([self.sample(row) for row, _ in taken], self.caches), index, taken[-1][1]
 
     def sample(self, row: StreamRow) -> Sample | BadRow:
         """A row, ready, or what is wrong with it."""
@@ -233,8 +235,8 @@ class OrderedSampler(Sampler[list[Position]]):
             yield [Position(int(i), epoch) for i in order[at : at + step][self.rank :: self.world]]
 
 
-def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]:
-    """Samples to a batch, and the rows that had to be left out; no batch where nothing is left."""
+def collate(samples: list[Sample | BadRow], caches: Caches = Caches()) -> tuple[Batch | None, list[BadRow]]:
+    """Samples to a batch, with what is known of its pictures, and the rows that had to be left out; no batch where nothing is left."""
     bad = [s for s in samples if isinstance(s, BadRow)]
     good = [s for s in samples if isinstance(s, Sample)]
     if not good:
@@ -243,7 +245,7 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
     batch = Batch(
         [prompt.instruction for prompt in prompts],
         [[r.marker for r in s.record.references] for s in good],
-        pack([s.references for s in good]),
+        pack([s.references for s in good], caches.patches),
         torch.stack([s.target for s in good]),
         [s.record.caption or "" for s in good],
         [s.record.id for s in good],
@@ -253,7 +255,14 @@ def collate(samples: list[Sample | BadRow]) -> tuple[Batch | None, list[BadRow]]
         _edits(good),
         [s.regions or {} for s in good] if any(s.regions is not None for s in good) else None,
     )
-    return batch, bad
+    return batch._replace(moments=_moments(batch, caches)), bad
+
+
+def _moments(batch: Batch, caches: Caches) -> Moments | None:
+    """What the VAE makes of a batch; None where nothing of that is kept."""
+    if caches.moments is None:
+        return None
+    return Moments(caches.all_moments(batch.target), None if batch.edit is None else caches.all_moments(batch.edit.source))
 
 
 def _edits(samples: list[Sample]) -> Edit | None:
@@ -283,6 +292,7 @@ class MultimodalDataModule(L.LightningDataModule):
         bad_rows: share of rows that may be skipped before training stops.
         check: check every row's text and files before training, up to this many rows.
         regions: side of the maps of where a record's boxes, or their masks, lie in the target, for :class:`AttentionAlignment`; 0 for none.
+        cache: folder of ``mmgen cache``, of what frozen networks make of the training pictures.
     """
 
     toybox: ClassVar[dict[str, Any]] = {"tasks": {"subject": 0.85, "caption": 0.15}}
@@ -303,12 +313,14 @@ class MultimodalDataModule(L.LightningDataModule):
         bad_rows: float = 0.01,
         check: int = 64,
         regions: int = 0,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         self.train: Any = train if isinstance(train, Stream) else self._open(train, held_out=False)  # a Source or Stream
         self.held_out: Source | None = None if held_out is None else self._open(held_out, held_out=True)
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
         self.seed, self.bad_rows, self.check, self.regions = seed, bad_rows, check, regions
+        self.cache, self.caches = cache, Caches()
         self.bad: dict[int, str] = {}
         self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
         self._sampler: OrderedSampler | None = None
@@ -356,14 +368,17 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if self.cache and self.trainer:
+            self.caches = open_caches(self.cache, self.trainer.lightning_module, str(self.trainer.precision))
         if isinstance(self.train, Stream):
             return self._stream_loader(self.train, rank, world)
         self._sampler = OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
         self._resume = self._sampler.seek(*self._resume)
-        return self._loader(self.train, self._sampler, self.recipe)
+        return self._loader(self.train, self._sampler, self.recipe, self.caches)
 
     def _stream_loader(self, stream: Stream, rank: int, world: int) -> DataLoader[Any]:
         data = StreamDataset(stream, self.recipe, self.seed, self.batch_size, self.workers, rank, world)
+        data.caches = self.caches
         if (state := self._resume_stream) is not None:
             data.load_state_dict(state)
         self._streamed, self._resume_stream = data, None
@@ -377,12 +392,12 @@ class MultimodalDataModule(L.LightningDataModule):
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _loader(self, source: Source, sampler: OrderedSampler, recipe: Recipe) -> DataLoader[Any]:
+    def _loader(self, source: Source, sampler: OrderedSampler, recipe: Recipe, caches: Caches = Caches()) -> DataLoader[Any]:
         return DataLoader(
             RecordDataset(source, recipe, self.seed),
             batch_sampler=sampler,
             num_workers=self.workers,
-            collate_fn=self.collate,
+            collate_fn=partial(self.collate, caches=caches),
             persistent_workers=self.workers > 0,
             generator=torch.Generator(),  # else each epoch takes a number from the process's own, which a resume would not
         )
@@ -425,6 +440,8 @@ class MultimodalDataModule(L.LightningDataModule):
             self._streamed.take(*stand)
         elif self.trainer:
             self.advance()  # here, because Lightning calls no on_train_batch_start for a batch of bad rows alone
+        if good and good.moments and (good.moments.target is None or (good.edit and good.moments.source is None)):
+            warn_of_misses(str(self.cache), good.ids)
         for row in bad:
             self.bad[row.index] = row.reason
         if bad:

@@ -13,6 +13,7 @@ from ..models.chat import Chat
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
 from .attention import AttentionTargets
+from .cache import Caches
 from .datamodule import BadRow, MultimodalDataModule, Position, Recipe, RecordDataset
 from .images import pixels
 from .sources import Source
@@ -58,7 +59,7 @@ class QuestionRecipe(Recipe):
         return QuestionSample(record, references, seed, targets)
 
 
-def collate_questions(samples: list[QuestionSample | BadRow]) -> tuple[QuestionBatch | None, list[BadRow]]:
+def collate_questions(samples: list[QuestionSample | BadRow], caches: Caches = Caches()) -> tuple[QuestionBatch | None, list[BadRow]]:
     """Samples to a batch, and the rows that had to be left out; no batch where nothing is left."""
     bad = [s for s in samples if isinstance(s, BadRow)]
     good = [s for s in samples if isinstance(s, QuestionSample)]
@@ -68,7 +69,7 @@ def collate_questions(samples: list[QuestionSample | BadRow]) -> tuple[QuestionB
     batch = QuestionBatch(
         [s.record.prompt().instruction for s in good],
         [[r.marker for r in s.record.references] for s in good],
-        pack([s.references for s in good]),
+        pack([s.references for s in good], caches.patches),
         [s.record.answer or "" for s in good],
         [s.record.id for s in good],
         torch.tensor([s.seed for s in good], dtype=torch.int64),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from .weights import locate
@@ -33,10 +34,20 @@ class Codec(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pixels [b, 3, H, W] in [-1, 1] -> latents [b, c, H/f, W/f]: the posterior's mean, or with ``noise`` a sample of it."""
+    def moments(self, pixels: Tensor) -> Tensor:
+        """Pixels [b, 3, H, W] in [-1, 1] -> mean and log-variance of the posterior, [b, 2c, H/f, W/f]."""
         with _full_precision(pixels.device):
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+            parameters = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.parameters
+        return parameters.contiguous()  # whatever the pictures' memory format, so that sums over latents have one order
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, noise: Tensor | None = None, moments: Tensor | None = None) -> Tensor:
+        """Pixels [b, 3, H, W] in [-1, 1] -> latents [b, c, H/f, W/f]: the posterior's mean, or with ``noise`` a sample of it.
+
+        Args:
+            moments: of these pixels, where they are known.
+        """
+        posterior = DiagonalGaussianDistribution(self.moments(pixels) if moments is None else moments)
         z = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean)
         return (z.float() - self.shift) * self.scale
 

@@ -198,8 +198,20 @@ class Encoder(nn.Module, ABC):
         """The texts before and after the ``count`` image tokens of a picture."""
 
     @abstractmethod
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        """Pictures [n, 3, h, w] in [-1, 1] -> language-model inputs [n, tokens_of(h, w), d]."""
+    def see(self, pixels: Tensor) -> Tensor:
+        """Pictures [n, 3, h, w] in [-1, 1] through ``vision``: patches [n, m, width]."""
+
+    @abstractmethod
+    def project(self, patches: Tensor) -> Tensor:
+        """Patches [n, m, width] through ``projector``: language-model inputs [n, tokens_of(h, w), d]."""
+
+    def embed_images(self, pixels: Tensor, patches: Tensor | None = None) -> Tensor:
+        """Pictures [n, 3, h, w] in [-1, 1] -> language-model inputs [n, tokens_of(h, w), d].
+
+        Args:
+            patches: of these pictures, where they are known.
+        """
+        return self.project(self.see(pixels) if patches is None else patches)
 
     @property
     def reference_size(self) -> int:
@@ -260,7 +272,7 @@ class Encoder(nn.Module, ABC):
         features: dict[tuple[int, int], Tensor] = {}
         grids: dict[tuple[int, int], tuple[int, int]] = {}
         for group in references:
-            images = self.embed_images(group.pixels)  # [n, patches, d]
+            images = self.embed_images(group.pixels, group.patches)  # [n, patches, d]
             for i, key in enumerate(zip(group.sample.tolist(), group.slot.tolist(), strict=True)):
                 features[key] = images[i]
                 grids[key] = self.grid_of(*group.pixels.shape[-2:])

@@ -60,11 +60,13 @@ class Idefics2Encoder(Encoder):
     def spell(self, count: int) -> tuple[str, str]:
         return "<fake_token_around_image>", "<fake_token_around_image>"
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
+    def see(self, pixels: Tensor) -> Tensor:
         n, _, h, w = pixels.shape
         grid = torch.ones(n, h // self.patch_size, w // self.patch_size, dtype=torch.bool, device=pixels.device)
         pixels = pixels.to(next(self.vision.parameters()).dtype)
-        patches = self.vision(pixel_values=pixels, patch_attention_mask=grid).last_hidden_state
+        return self.vision(pixel_values=pixels, patch_attention_mask=grid).last_hidden_state  # type: ignore[no-any-return]
+
+    def project(self, patches: Tensor) -> Tensor:
         tokens = self.projector(patches.to(next(self.projector.parameters()).dtype))
         if self.keep_perceiver:
             tokens = self.perceiver(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device))

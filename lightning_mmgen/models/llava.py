@@ -42,7 +42,10 @@ class LlavaEncoder(Encoder):
     def spell(self, count: int) -> tuple[str, str]:
         return "", ""
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
+    def see(self, pixels: Tensor) -> Tensor:
         pixels = clip_normalised(pixels).to(next(self.vision.parameters()).dtype)
-        patches = self.vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state[:, 1:]  # without the class token
+        patches = self.vision(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
+        return patches[:, 1:]  # type: ignore[no-any-return]  # without the class token
+
+    def project(self, patches: Tensor) -> Tensor:
         return self.projector(patches.to(next(self.projector.parameters()).dtype))  # type: ignore[no-any-return]

@@ -50,7 +50,7 @@ class Qwen25VLEncoder(Encoder):
     def spell(self, count: int) -> tuple[str, str]:
         return "<|vision_start|>", "<|vision_end|>"
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
+    def see(self, pixels: Tensor) -> Tensor:
         vision = self.model_config.vision_config
         p, m = int(vision.patch_size), int(vision.spatial_merge_size)
         n, c, rows, columns = len(pixels), pixels.shape[1], pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size
@@ -59,8 +59,11 @@ class Qwen25VLEncoder(Encoder):
         frames = patches.unsqueeze(6).expand(*patches.shape[:6], vision.temporal_patch_size, p, p).flatten(5).flatten(0, 4)  # a still film
         grid = torch.tensor([[1, rows * m, columns * m]] * n, device=pixels.device)
         merged = self.vision(frames.to(next(self.vision.parameters()).dtype), grid_thw=grid).pooler_output  # [n * tokens, m * m * width]
-        tokens = self.projector(merged.view(len(merged) * m * m, -1).to(next(self.projector.parameters()).dtype))
-        return tokens.view(n, rows * columns, -1)  # type: ignore[no-any-return]
+        return merged.view(n, rows * columns * m * m, -1)  # type: ignore[no-any-return]
+
+    def project(self, patches: Tensor) -> Tensor:
+        tokens = self.projector(patches.flatten(0, 1).to(next(self.projector.parameters()).dtype))
+        return tokens.view(len(patches), -1, tokens.shape[-1])  # type: ignore[no-any-return]
 
     def positions(self, mask: Tensor, places: list[list[Place]]) -> Tensor:
         """Count, time, row and column of every token, [4, b, n]: a word advances the last three, a picture by its longer side (Qwen2-VL,

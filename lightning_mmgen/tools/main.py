@@ -44,6 +44,14 @@ def parser() -> argparse.ArgumentParser:
 
     subs.add_parser("encoders", help="the vision-language encoders that an experiment may name")
 
+    cache = subs.add_parser("cache", help="keep what frozen networks make of an experiment's pictures")
+    cache.add_argument("-c", "--config", required=True, action="append", help="a YAML of the experiment; again for an overlay")
+    cache.add_argument("--out", required=True, metavar="DIR", help="the cache; the experiment names it as data.cache")
+    cache.add_argument("--only", choices=["moments", "vision"], help="of the VAE, or of the encoder's vision tower; both by default")
+    cache.add_argument("--epochs", type=int, default=1, help="more than 1 where other targets or references are drawn each epoch")
+    cache.add_argument("--shard", default="0/1", metavar="I/N", help="this part of the rows only")
+    cache.add_argument("--device", help="cuda where there is one by default")
+
     data = subs.add_parser("data", help="check or preview records").add_subparsers(dest="action", required=True, metavar="ACTION")
     check = data.add_parser("check", help="every record: schema, markers, pictures; exit 1 if any row is bad")
     check.add_argument("file")
@@ -268,6 +276,12 @@ def run(args: argparse.Namespace) -> int:
         from .build import build
 
         print(build(args))
+        return 0
+    if args.command == "cache":
+        from .cache import cache
+
+        kinds = [args.only] if args.only else ["moments", "vision"]
+        print(cache(args.config, args.out, kinds, args.epochs, args.shard, args.device))
         return 0
     if args.command == "encoders":
         from .encoders import table
