@@ -78,6 +78,8 @@ class Batch(NamedTuple):
         edit: sources and masks, where a sample is an edit.
         regions: for each sample, where phrases lie in the target: phrase -> map [s, s] in [0, 1]; None where nobody asks.
         moments: what the VAE makes of targets and sources, where it is known beforehand.
+        sizes: [b, 6], SDXL's original size, top left corner of the crop and size of the target, each height first; by default the
+            target's size, and no crop.
     """
 
     instructions: list[str]
@@ -92,6 +94,7 @@ class Batch(NamedTuple):
     edit: Edit | None = None
     regions: list[dict[str, Tensor]] | None = None
     moments: Moments | None = None
+    sizes: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -156,6 +159,7 @@ class Condition(NamedTuple):
         lengths: real tokens of each sample, padded on the right; None where that is left to the mask.
         context: the references as the UNet's own encoder sees them; None where they do not go through it.
         source: [b, c, h, w], latents beside z_t for a UNet that takes them (InstructPix2Pix, section 3.2); None or zeros: no source.
+        sizes: [b, 6], as in :class:`Batch`.
     """
 
     tokens: Tensor
@@ -165,6 +169,7 @@ class Condition(NamedTuple):
     lengths: list[int] | None = None
     context: Context | None = None
     source: Tensor | None = None
+    sizes: Tensor | None = None
 
 
 def pack(pictures: list[list[Tensor]], patches: Callable[[Tensor], Tensor | None] = lambda _: None) -> list[PackedImages]:

@@ -83,7 +83,8 @@ class MultimodalDiffusion(TunedModule):
 
     def condition(self, batch: Batch) -> Condition:
         """Prompts to what the UNet attends to."""
-        return self.conditioner(batch.instructions, batch.markers, batch.references, batch.phrases)
+        condition = self.conditioner(batch.instructions, batch.markers, batch.references, batch.phrases)
+        return condition._replace(sizes=batch.sizes)
 
     @property
     def references_in_prompt(self) -> bool:

@@ -255,6 +255,7 @@ class CropDataModule(MultimodalDataModule):
         settings: of :class:`~lightning_mmgen.data.datamodule.MultimodalDataModule`.
     """
 
+    squares = True
     toybox: ClassVar = {"tasks": {"crops": 1.0}, "controls": True}
     toybox_held_out: ClassVar = {"tasks": {"crops": 1.0}, "length": 256}
 

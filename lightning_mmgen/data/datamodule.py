@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_
 from ..batch import Batch, Edit, Moments, pack
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
+from .buckets import Buckets, Rows, bucketed
 from .cache import Caches, open_caches, warn_of_misses
 from .images import open_picture, pixels
 from .masks import regions
@@ -29,7 +30,8 @@ from .streams import Lane, Mark, Stream, StreamRow
 
 class Sample(NamedTuple):
     """One record, ready: pictures are [3, h, w] in [-1, 1]; ``seed`` is what its noise is drawn from; ``source`` [3, h, w] and ``mask``
-    [1, h, w] in [0, 1], of the target's size, where it is an edit; ``regions``: where its boxes' phrases lie, phrase -> [s, s]."""
+    [1, h, w] in [0, 1], of the target's size, where it is an edit; ``regions``: where its boxes' phrases lie, phrase -> [s, s]; ``sizes``
+    are SDXL's, of :class:`~lightning_mmgen.batch.Batch`, where targets are not all squares."""
 
     record: Record
     references: list[Tensor]
@@ -38,6 +40,7 @@ class Sample(NamedTuple):
     source: Tensor | None = None
     mask: Tensor | None = None
     regions: dict[str, Tensor] | None = None
+    sizes: tuple[int, ...] | None = None
 
 
 class BadRow(NamedTuple):
@@ -48,10 +51,11 @@ class BadRow(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place in the global order: which row of which epoch."""
+    """A place in the global order: which row of which epoch, and height and width of its target where that is no square."""
 
     index: int  # type: ignore[assignment]
     epoch: int
+    size: tuple[int, int] | None = None
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -81,8 +85,10 @@ class Recipe:
         """The record as a prompt; a recipe that makes its prompts at train time does so here."""
         return record
 
-    def __call__(self, record: Record, root: Path | None, seed: int) -> Sample:
-        """Raises: RecordError: a picture cannot be read, there is no target, or the prompt is too long."""
+    def __call__(self, record: Record, root: Path | None, seed: int, size: tuple[int, int] | None = None) -> Sample:
+        """The sample; its target has this ``size``, height first, or is a square.
+
+        Raises: RecordError: a picture cannot be read, there is no target, or the prompt is too long."""
         if record.target is None:
             raise RecordError("target is missing")
         record = self.compose(record, root, np.random.default_rng(seed))
@@ -92,21 +98,39 @@ class Recipe:
         assert record.target is not None
         target = pixels(record.target, None, root)
         where = regions(record.boxes, (target.shape[2], target.shape[1]), self.regions, root) if self.regions else None
-        return self.finish(Sample(record, references, crop_square(target, self.target_size), seed, regions=where), target, root)
+        fitted = crop(target, size or (self.target_size, self.target_size))
+        sizes = None if size is None else sdxl_sizes((target.shape[1], target.shape[2]), size)
+        sample = Sample(record, references, fitted, seed, regions=where, sizes=sizes)
+        return self.finish(sample, target, root)
 
     def finish(self, sample: Sample, target: Tensor, root: Path | None) -> Sample:
         """What a recipe adds to a sample; ``target`` [3, h, w] is the whole picture."""
         return sample
 
 
+def crop(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """The centre of a picture [3, h, w], as large as its aspect allows, as [3, *size], resized with antialiasing."""
+    (_, h, w), (height, width) = picture.shape, size
+    inner_h, inner_w = (h, round(h * width / height)) if h * width <= w * height else (round(w * height / width), w)
+    inner_h, inner_w = max(inner_h, 1), max(inner_w, 1)
+    top, left = (h - inner_h) // 2, (w - inner_w) // 2
+    centre = picture[:, top : top + inner_h, left : left + inner_w]
+    if (inner_h, inner_w) == (height, width):
+        return centre.contiguous()
+    return torch.nn.functional.interpolate(centre[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+
+
 def crop_square(picture: Tensor, side: int) -> Tensor:
     """The centre of a picture [3, h, w] as [3, side, side], resized with antialiasing."""
-    _, h, w = picture.shape
-    s = min(h, w)
-    centre = picture[:, (h - s) // 2 : (h - s) // 2 + s, (w - s) // 2 : (w - s) // 2 + s]
-    if s == side:
-        return centre.contiguous()
-    return torch.nn.functional.interpolate(centre[None], (side, side), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    return crop(picture, (side, side))
+
+
+def sdxl_sizes(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, ...]:
+    """What SDXL is told of a centre crop (Podell et al. 2023, section 2.2): the picture's size, where the crop begins once the picture is
+    resized to cover the target, and the target's size; each height first."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    top, left = ((round(o * scale) - s) // 2 for o, s in zip(original, size, strict=True))
+    return (*original, max(top, 0), max(left, 0), *size)
 
 
 class RecordDataset(Dataset[Any]):
@@ -121,12 +145,12 @@ class RecordDataset(Dataset[Any]):
     def __getitem__(self, position: Position) -> Any:
         try:
             record = self.source.record(position.index, position.epoch)
-            record = record if record.id else replace(record, id=self.source.name(*position))
-            return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index))
+            record = record if record.id else replace(record, id=self.source.name(*position[:2]))
+            return self.recipe(record, self.source.root, sample_seed(self.seed, position.epoch, position.index), position.size)
         except RowError as error:
-            return BadRow(self.source.row(*position), str(error))
+            return BadRow(self.source.row(*position[:2]), str(error))
         except RecordError as error:
-            return BadRow(self.source.row(*position), f"{self.source.name(*position)}: {error}")
+            return BadRow(self.source.row(*position[:2]), f"{self.source.name(*position[:2])}: {error}")
 
 
 class StreamDataset(IterableDataset[Any]):
@@ -232,7 +256,34 @@ class OrderedSampler(Sampler[list[Position]]):
         order, epoch, step = self.order(self.epoch), self.epoch, self.batch_size * self.world
         end = self.length if self.seed is None else self.length - step + 1  # the last whole batch begins before it
         for at in range(self.start, end, step):
-            yield [Position(int(i), epoch) for i in order[at : at + step][self.rank :: self.world]]
+            yield [Position(int(i), epoch, self.size_of(int(i))) for i in order[at : at + step][self.rank :: self.world]]
+
+    def size_of(self, row: int) -> tuple[int, int] | None:
+        """Of a row's target; None for squares."""
+        return None
+
+
+class BucketSampler(OrderedSampler):
+    """The same, of batches whose targets are of one size; the order also depends on the global batch.
+
+    Args:
+        rows: of the source.
+        sizes: of the buckets, height first.
+    """
+
+    def __init__(self, rows: Rows, sizes: list[tuple[int, int]], batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
+        step = batch_size * world
+        whole = int((np.bincount(rows.bucket) // step * step).sum())
+        if not whole:
+            raise ValueError(f"no bucket of the data has rows for one batch of {step}; the fullest of {len(sizes)} lacks some")
+        super().__init__(whole, batch_size, seed, rank, world)
+        self.rows, self.sizes = rows, sizes
+
+    def order(self, epoch: int) -> np.ndarray[Any, Any]:
+        return bucketed(self.rows, self.batch_size * self.world, np.random.default_rng((self.seed or 0, epoch)))
+
+    def size_of(self, row: int) -> tuple[int, int] | None:
+        return self.sizes[self.rows.bucket[row]]
 
 
 def collate(samples: list[Sample | BadRow], caches: Caches = Caches()) -> tuple[Batch | None, list[BadRow]]:
@@ -253,7 +304,8 @@ def collate(samples: list[Sample | BadRow], caches: Caches = Caches()) -> tuple[
         [prompt.bare() for prompt in prompts],
         [[r.phrase for r in s.record.references] for s in good],
         _edits(good),
-        [s.regions or {} for s in good] if any(s.regions is not None for s in good) else None,
+        regions=[s.regions or {} for s in good] if any(s.regions is not None for s in good) else None,
+        sizes=None if good[0].sizes is None else torch.tensor([s.sizes for s in good]),
     )
     return batch._replace(moments=_moments(batch, caches)), bad
 
@@ -293,6 +345,7 @@ class MultimodalDataModule(L.LightningDataModule):
         check: check every row's text and files before training, up to this many rows.
         regions: side of the maps of where a record's boxes, or their masks, lie in the target, for :class:`AttentionAlignment`; 0 for none.
         cache: folder of ``mmgen cache``, of what frozen networks make of the training pictures.
+        buckets: targets of other aspects than squares, in training; off by default.
     """
 
     toybox: ClassVar[dict[str, Any]] = {"tasks": {"subject": 0.85, "caption": 0.15}}
@@ -300,6 +353,8 @@ class MultimodalDataModule(L.LightningDataModule):
     """What :class:`ToyboxSource` is told where the data are ``toybox``."""
     collate: ClassVar[Callable[..., Any]] = staticmethod(collate)
     """Makes a batch of samples, and lists the rows that it had to leave out."""
+    squares: ClassVar[bool] = False
+    """Whether its recipe knows square targets only."""
 
     def __init__(
         self,
@@ -314,8 +369,16 @@ class MultimodalDataModule(L.LightningDataModule):
         check: int = 64,
         regions: int = 0,
         cache: str | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         super().__init__()
+        if buckets is not None and (self.squares or isinstance(train, Stream)):
+            raise ValueError(
+                f"buckets: {'a stream has no places to sort' if isinstance(train, Stream) else type(self).__name__ + ' draws squares'}"
+            )
+        if buckets is not None and regions:
+            raise ValueError("buckets: regions are of the square in the middle of a target; leave one of the two out")
+        self.buckets = buckets
         self.train: Any = train if isinstance(train, Stream) else self._open(train, held_out=False)  # a Source or Stream
         self.held_out: Source | None = None if held_out is None else self._open(held_out, held_out=True)
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
@@ -323,6 +386,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self.cache, self.caches = cache, Caches()
         self.bad: dict[int, str] = {}
         self._resume = (0, 0)  # epoch, samples of it that are consumed, over all ranks
+        self._batch = 0  # samples of a global batch, in the checkpoint that the run goes on from
         self._sampler: OrderedSampler | None = None
         self._streamed: StreamDataset | None = None
         self._resume_stream: list[dict[str, Any]] | None = None
@@ -372,9 +436,18 @@ class MultimodalDataModule(L.LightningDataModule):
             self.caches = open_caches(self.cache, self.trainer.lightning_module, str(self.trainer.precision))
         if isinstance(self.train, Stream):
             return self._stream_loader(self.train, rank, world)
-        self._sampler = OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
+        self._sampler = self.sampler(rank, world)
+        if self.buckets and self._resume[1] and self._batch != (now := self.batch_size * world):
+            raise ValueError(f"buckets: a run goes on within an epoch with the same global batch, {self._batch}, not {now}")
         self._resume = self._sampler.seek(*self._resume)
         return self._loader(self.train, self._sampler, self.recipe, self.caches)
+
+    def sampler(self, rank: int = 0, world: int = 1) -> OrderedSampler:
+        """The order of the training rows."""
+        if self.buckets is None:
+            return OrderedSampler(len(self.train), self.batch_size, self.seed, rank, world)
+        rows, sizes = self.buckets.rows(self.train, self.target_size), self.buckets.sizes(self.target_size)
+        return BucketSampler(rows, sizes, self.batch_size, self.seed, rank, world)
 
     def _stream_loader(self, stream: Stream, rank: int, world: int) -> DataLoader[Any]:
         data = StreamDataset(stream, self.recipe, self.seed, self.batch_size, self.workers, rank, world)
@@ -469,6 +542,8 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         state = {"epoch": self._resume[0], "consumed": self._resume[1], "seed": self.seed, "bad": dict(self.bad)}
+        if self.buckets and self._sampler:
+            state["batch"] = self._sampler.batch_size * self._sampler.world
         return state if self._streamed is None else {**state, "streams": of_all_ranks(self._streamed.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -476,6 +551,7 @@ class MultimodalDataModule(L.LightningDataModule):
             raise ValueError(f"the checkpoint was made with data seed {state['seed']}, not {self.seed}")
         if ("streams" in state) != isinstance(self.train, Stream):
             raise ValueError("data.train is a stream in the checkpoint or here, but not in both")
+        self._batch = state.get("batch", 0)
         self._resume, self.bad, self._resume_stream = (state["epoch"], state["consumed"]), dict(state["bad"]), state.get("streams")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError, Reference
-from .datamodule import MultimodalDataModule, Recipe, Sample, crop_square
+from .datamodule import MultimodalDataModule, Recipe, Sample, crop
 from .images import other_aspect, pixels
 from .masks import difference_mask
 from .sources import Source
@@ -59,7 +59,8 @@ class EditRecipe(Recipe):
         size, after = f"{before.shape[2]} x {before.shape[1]}", f"{target.shape[2]} x {target.shape[1]}"
         if other_aspect((before.shape[2], before.shape[1]), (target.shape[2], target.shape[1]), self.max_aspect):
             raise RecordError(f"source is {size}, target {after}: another aspect")
-        source = self._fit(before)
+        side = sample.target.shape[-2:]
+        source = crop(before, side)
         if record.mask is None:
             mask = difference_mask(source, sample.target, self.threshold, self.dilate, self.min_area)
             if not mask.any():
@@ -70,10 +71,7 @@ class EditRecipe(Recipe):
             raise RecordError(f"mask is {given}, source {size}")
         if not mask.any():
             raise RecordError("mask is empty: the edit may change nothing")
-        return sample._replace(source=source, mask=self._fit(mask).clamp(0, 1))
-
-    def _fit(self, picture: Tensor) -> Tensor:
-        return crop_square(picture, self.target_size)
+        return sample._replace(source=source, mask=crop(mask, side).clamp(0, 1))
 
 
 def source_of(record: Record) -> Reference:

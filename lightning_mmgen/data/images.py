@@ -6,6 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ Edges = tuple[float, float, float, float]
 """Left, top, right and bottom of a box, in pixels."""
 
 MAX_PIXELS = 64_000_000
+ORIENTATION = 0x0112  # the EXIF tag
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
@@ -66,6 +68,26 @@ def open_picture(picture: Picture, root: Path | None = None, alpha: bool = False
         raise RecordError(f"{name}: not a picture of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # decoders raise anything, from struct.error to TypeError, on a damaged file
         raise RecordError(f"{name}: cannot be read as a picture ({type(error).__name__}: {str(error)[:80]})") from error
+
+
+def picture_size(picture: Picture, root: Path | None = None) -> tuple[int, int]:
+    """Width and height of any picture, upright; of a file only its head is read.
+
+    Raises:
+        RecordError: missing, or of another format.
+    """
+    if isinstance(picture, str):
+        picture = str(locate_file(picture, root or Path.cwd()))
+    try:
+        with (
+            nullcontext(picture)
+            if isinstance(picture, Image)
+            else PILImage.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture, formats=FORMATS) as image
+        ):
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return (image.height, image.width) if turned else (image.width, image.height)
+    except Exception as error:  # as above
+        raise RecordError(f"cannot be read as a picture ({type(error).__name__})") from error
 
 
 def encode_png(picture: Picture, root: Path | None = None) -> bytes:

@@ -244,6 +244,8 @@ class InstructionDataModule(MultimodalDataModule):
         ValueError: an unknown data set, ratios that are no shares, or a template without its placeholder.
     """
 
+    squares = True
+
     def __init__(
         self,
         train: str | dict[str, Source | str],

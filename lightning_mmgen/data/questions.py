@@ -41,7 +41,9 @@ class QuestionRecipe(Recipe):
         super().__init__(reference_size, reference_size, encoder)
         self.chat, self.targets = Chat(encoder) if encoder else None, targets
 
-    def __call__(self, record: Record, root: Path | None, seed: int) -> QuestionSample:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, record: Record, root: Path | None, seed: int, size: tuple[int, int] | None = None
+    ) -> QuestionSample:
         """Raises: RecordError: no question, no picture, an empty answer, a prompt that is too long, a picture that cannot be read, or
         targets that are not there or of another picture."""
         if record.question is None or record.answer is None:
@@ -91,6 +93,7 @@ class VQADataModule(MultimodalDataModule):
     toybox: ClassVar = {"tasks": {"short question": 1.0}}
     toybox_held_out: ClassVar = {"tasks": {"short question": 1.0}, "length": 256}
     collate = staticmethod(collate_questions)
+    squares = True
 
     def __init__(self, train: Source | str, held_out: Source | str | None = None, targets: str | None = None, **settings: Any) -> None:
         super().__init__(train, held_out, **settings)

@@ -99,7 +99,7 @@ def denoise(
         z_t: [b, c, h, w].
         timesteps: [b].
         condition: the adapter's output.
-        side: height and width of the picture in pixels: SDXL's original and target size, with no crop.
+        side: height and width of the picture in pixels: SDXL's original and target size, with no crop, where the condition has no sizes.
         reference_attention: the layers that read the condition's context, if it has one.
 
     Returns:
@@ -155,5 +155,8 @@ def _added(z_t: Tensor, condition: Condition, side: tuple[int, int]) -> dict[str
     """SDXL's pooled vector and sizes; nothing for SD1.5."""
     if condition.pooled is None:
         return None
-    ids = torch.tensor([*side, 0, 0, *side], dtype=z_t.dtype, device=z_t.device).expand(len(z_t), 6)
+    if condition.sizes is not None:
+        ids = condition.sizes.to(z_t)
+    else:
+        ids = torch.tensor([*side, 0, 0, *side], dtype=z_t.dtype, device=z_t.device).expand(len(z_t), 6)
     return {"text_embeds": condition.pooled.to(z_t.dtype), "time_ids": ids}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from ..batch import pack
 from ..build.journal import Shard
 from ..data.cache import Cache, folder_of
-from ..data.datamodule import MultimodalDataModule, OrderedSampler, Position, RecordDataset, Sample
+from ..data.datamodule import MultimodalDataModule, Position, RecordDataset, Sample
 from ..data.streams import Stream
 
 
@@ -70,9 +71,11 @@ def build(model: Any, kinds: list[str]) -> None:
 def batches(data: MultimodalDataModule, epochs: int, shard: Shard) -> Iterator[list[Sample]]:
     """The batches of one process in training, those of this shard, without bad rows: what a network makes of a picture differs in its last
     bits with the batch around it."""
-    sampler, size = OrderedSampler(len(data.train), data.batch_size, data.seed), data.batch_size
+    sampler, size = data.sampler(), data.batch_size
     starts = range(shard.index * size, len(data.train), shard.count * size)
-    places = ([Position(int(i), e) for i in order[at : at + size]] for e in range(epochs) for order in [sampler.order(e)] for at in starts)
+    rows = np.arange(len(data.train))
+    orders = (np.concatenate([order := sampler.order(e), np.setdiff1d(rows, order)]) for e in range(epochs))  # with what the epoch drops
+    places = ([Position(int(i), e, sampler.size_of(int(i))) for i in o[at : at + size]] for e, o in enumerate(orders) for at in starts)
     dataset = RecordDataset(data.train, data.recipe, data.seed)
     loader: Iterable[Any] = DataLoader(dataset, batch_sampler=places, num_workers=data.workers, collate_fn=list)  # type: ignore[arg-type]
     for batch in tqdm(loader, total=epochs * len(starts), unit="batch", disable=None):
