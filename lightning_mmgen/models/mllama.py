@@ -51,9 +51,9 @@ class MllamaEncoder(Encoder):
     def spell(self, count: int) -> tuple[str, str]:
         return "", ""
 
-    def embed_images(self, pixels: Tensor) -> Tensor:
-        """Pictures [n, 3, h, w] in [-1, 1] -> what the cross-attention layers see of them, [n, tiles * (1 + patches), d]: of each tile a
-        class token and its patches, the picture's own tile first.
+    def see(self, pixels: Tensor) -> Tensor:
+        """Pictures [n, 3, h, w] in [-1, 1] through ``vision``, [n, tiles * (1 + patches), width]: of each tile a class token and its patches,
+        the picture's own tile first.
 
         Raises:
             ValueError: they are not of a tile's size.
@@ -72,7 +72,10 @@ class MllamaEncoder(Encoder):
         first[..., 0] = 1
         one_tile = torch.ones(n, 1, dtype=torch.long, device=pixels.device)
         states = self.vision(pixel_values=shown, aspect_ratio_ids=one_tile, aspect_ratio_mask=first).last_hidden_state
-        return self.projector(states.to(next(self.projector.parameters()).dtype)).flatten(1, 3)  # type: ignore[no-any-return]
+        return states.flatten(1, 3)  # type: ignore[no-any-return]
+
+    def project(self, patches: Tensor) -> Tensor:
+        return self.projector(patches.to(next(self.projector.parameters()).dtype))  # type: ignore[no-any-return]
 
     def show(self, prompts: Prompts, at: Tensor, pictures: list[list[Tensor]], grids: list[list[tuple[int, int]]]) -> Prompts:
         if not any(pictures):
