@@ -4,18 +4,23 @@ from .answers import AnswerEvaluation
 from .attention_alignment import AttentionAlignment
 from .clip_score import CLIPScoreEvaluation
 from .consistency_penalty import ConsistencyPenalty
+from .dashboard import Dashboard
 from .drift import DriftEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
+from .gradient_norm import GradientNorm
 from .held_out import HeldOut, held_out, held_out_parts, sample
 from .language import LanguageEvaluation
 from .last_checkpoint import LastCheckpoint
+from .model_card import ModelCard
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .random_state import RandomState
 from .reference import ReferenceEvaluation
 from .rows import latest_scores, log_scores, write_rows
 from .run_card import RunCard
+from .throughput import Throughput
+from .timestep_loss import TimestepLoss
 
 __all__ = [
     "EMA",
@@ -23,16 +28,21 @@ __all__ = [
     "AttentionAlignment",
     "CLIPScoreEvaluation",
     "ConsistencyPenalty",
+    "Dashboard",
     "DriftEvaluation",
     "FollowingEvaluation",
+    "GradientNorm",
     "HeldOut",
     "LanguageEvaluation",
     "LastCheckpoint",
+    "ModelCard",
     "PictureGrid",
     "PictureWriter",
     "RandomState",
     "ReferenceEvaluation",
     "RunCard",
+    "Throughput",
+    "TimestepLoss",
     "evaluation",
     "grid",
     "held_out",

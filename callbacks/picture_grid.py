@@ -6,9 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFont
 from PIL.Image import Image
@@ -19,10 +17,11 @@ from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.prompt import Record
 
 from .held_out import HeldOutCallback, held_out
+from .loggers import log_picture
 
 
 class PictureGrid(HeldOutCallback):
-    """Draws the grid before training, every ``every`` steps, and at the end; to the run folder and to TensorBoard.
+    """Draws the grid before training, every ``every`` steps, and at the end; to the run folder and the dashboard.
 
     Args:
         every: optimizer steps between grids; 0 for before and after only.
@@ -50,9 +49,7 @@ class PictureGrid(HeldOutCallback):
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"pictures-{trainer.global_step:06d}.png"
         page.save(self.path)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("pictures", np.asarray(page), trainer.global_step, dataformats="HWC")
+        log_picture(trainer, "pictures", page)
 
     def state_dict(self) -> dict[str, Any]:
         return {"before": self.before}

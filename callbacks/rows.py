@@ -18,6 +18,7 @@ from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.prompt import Record
 
 from .held_out import HeldOut
+from .loggers import log_text
 
 FOLDER = "evaluation"
 """In the run folder: ``<name>.jsonl``, and the pictures, references and targets that its rows name."""
@@ -86,6 +87,9 @@ def _row(trainer: Trainer, folder: Path, index: int, record: Record) -> dict[str
 
 def _save_pictures(trainer: Trainer, folder: Path, looked: HeldOut, first: int) -> None:
     """The pictures of this step, once however many evaluations look at them ; references and targets where they are not there yet."""
+    if trainer not in _saved:
+        lines = (f"{r.task} | {r.instruction.replace('|', '&#124;')}" for r in looked.records)
+        log_text(trainer, "instructions", "\n".join(["task | instruction", "--- | ---", *lines]))
     if _saved.get(trainer, (-1, 0)) >= (trainer.global_step, first + len(looked.records)):
         return
     for name in ("pictures", "references", "targets"):

@@ -19,6 +19,7 @@ from lightning_mmgen.data.sources import Source
 from lightning_mmgen.data.streams import Stream
 
 from .held_out import HeldOutCallback
+from .loggers import log_text
 from .picture_grid import PictureGrid
 
 PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "omegaconf", "jsonargparse")
@@ -37,25 +38,25 @@ class RunCard(Callback):
     def __init__(self, config: str = "", seed: int | None = None) -> None:
         self.config, self.seed = config, seed
 
-    @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = trainer.log_dir  # asks all ranks
+        if not trainer.is_global_zero:
+            return
         table = getattr(pl_module, "table", None)  # a module of another kind has none
         if table is not None:
             print(f"\n{table}\n", flush=True)
-        if trainer.log_dir is None:
+        if run is None:
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config)
         (folder / "model.yaml").write_text(yaml.safe_dump((yaml.safe_load(self.config) or {}).get("model"), sort_keys=False))
         if table is not None:
             (folder / "parameters.txt").write_text(f"{table}\n")
         (folder / "run.json").write_text(json.dumps(self.facts(trainer), indent=2) + "\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                if table is not None:
-                    logger.experiment.add_text("parameters", table.markdown(), trainer.global_step)
-                logger.experiment.add_text("config", "    " + self.config.replace("\n", "\n    "), trainer.global_step)
+        if table is not None:
+            log_text(trainer, "parameters", table.markdown())
+        log_text(trainer, "config", "    " + self.config.replace("\n", "\n    "))
 
     def facts(self, trainer: Trainer) -> dict[str, Any]:
         """Plain values that name the code, the data and the command."""

@@ -85,9 +85,13 @@ class CLI(LightningCLI):
         own.append(callbacks.RunCard(text, config.get("seed_everything")))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # nobody chose another
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        first: list[Callback] = []
         if trainer.loggers:
-            own.append(LearningRateMonitor("step"))
-        trainer.callbacks = trainer._callback_connector._reorder_callbacks(trainer.callbacks + own)  # type: ignore[attr-defined]
+            own += [LearningRateMonitor("step"), callbacks.GradientNorm(), callbacks.Dashboard(), callbacks.ModelCard()]
+            first.append(callbacks.Throughput())
+            if not any(isinstance(c, callbacks.TimestepLoss) for c in trainer.callbacks):  # type: ignore[attr-defined]
+                own.append(callbacks.TimestepLoss())
+        trainer.callbacks = trainer._callback_connector._reorder_callbacks(first + trainer.callbacks + own)  # type: ignore[attr-defined]
         return trainer
 
 

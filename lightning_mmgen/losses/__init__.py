@@ -2,7 +2,7 @@
 
 from .alignment import aggregate, alignment, channels, min_max
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
-from .diffusion import diffusion_loss
+from .diffusion import diffusion_loss, squared_error
 from .language import language_loss
 from .schedule import ExponentialSchedule, LinearSchedule
 from .term import AnsweringStep, DenoisingStep, LossTerm
@@ -27,6 +27,7 @@ __all__ = [
     "outside",
     "snr_weight",
     "spatial",
+    "squared_error",
     "temporal",
     "turns",
 ]

@@ -5,6 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """|| prediction - target ||^2 of each sample, averaged over its latents: [b, c, h, w] each -> [b] in float32."""
+    return (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))
+
+
 def diffusion_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """E_t w(t) || prediction - target ||^2, averaged over the latents (Ho et al. 2020, equation 14, with weights).
 
@@ -15,5 +20,4 @@ def diffusion_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor
     Returns:
         A scalar in float32.
     """
-    error = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3))  # [b]
-    return (weight * error).mean()
+    return (weight * squared_error(prediction, target)).mean()

@@ -1,0 +1,78 @@
+"""The layout of the dashboard and the run's rates beside its final scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from .drift import DriftEvaluation
+from .rows import latest_scores
+
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "training": {
+        "loss by term": ["Multiline", ["loss"]],
+        "loss by timestep": ["Multiline", ["timestep_loss/"]],
+        "learning rate by row": ["Multiline", ["lr-"]],
+        "gradient norm by row": ["Multiline", ["gradient_norm/"]],
+    },
+    "held-out instructions": {
+        "scores": ["Multiline", ["held_out/(?!drift)"]],
+        "drift: MSE": ["Multiline", ["held_out/drift_mse"]],
+        "drift: PSNR, SSIM": ["Multiline", ["held_out/drift_(psnr|ssim)"]],
+    },
+    "machine and data": {
+        "samples per second": ["Multiline", ["throughput/samples_per_second"]],
+        "share of time waiting": ["Multiline", ["throughput/waiting"]],
+        "peak memory, GB": ["Multiline", ["throughput/peak_memory_gb"]],
+        "data errors": ["Multiline", ["data/"]],
+    },
+}
+"""Charts of TensorBoard's *custom scalars*, by group; each line is a tag that begins with one of the patterns."""
+
+
+class Dashboard(Callback):
+    """Lays the dashboard out once, and fills its HParams tab at the end: how each row trains, and the last value of every score."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        settings = hyperparameters(trainer, pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_custom_scalars(layout(trainer))
+            else:
+                logger.log_hyperparams(settings)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        scores = final_scores(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and scores:
+                logger.log_hyperparams(hyperparameters(trainer, pl_module), scores, trainer.global_step)
+
+
+def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
+    """``LAYOUT`` without the charts that this run leaves empty."""
+    edits = any(isinstance(c, DriftEvaluation) for c in trainer.callbacks)  # type: ignore[attr-defined]
+    return {group: {name: lines for name, lines in charts.items() if edits or "drift" not in name} for group, charts in LAYOUT.items()}
+
+
+def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """How each row of the parameter table trains, and on how much."""
+    out: dict[str, Any] = {}
+    for row in getattr(getattr(pl_module, "table", None), "rows", ()):
+        out[f"training {row.match}"] = row.train if row.train != "lora" else f"lora rank {row.rank}"
+        if row.lr is not None:
+            out[f"lr {row.match}"] = row.lr
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    size = getattr(data, "batch_size", None)
+    samples = {} if size is None else {"samples a step": size * trainer.world_size * trainer.accumulate_grad_batches}
+    return out | samples | {"steps": trainer.max_steps, "precision": str(trainer.precision)}
+
+
+def final_scores(trainer: Trainer) -> dict[str, float]:
+    """The last value of every score of the evaluations, and of the loss."""
+    loss = trainer.callback_metrics.get("loss")
+    return latest_scores(trainer) | ({} if loss is None else {"loss": float(loss)})
