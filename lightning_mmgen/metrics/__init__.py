@@ -7,7 +7,7 @@ from .following import ToyboxFollowing, toybox_rating
 from .lpips import MaskedLPIPS
 from .mean import PictureMean
 from .probes import CopyPaste, Movement
-from .ratings import Ratings, fleiss_kappa, krippendorff_alpha, read_ratings
+from .ratings import Ratings, fleiss_kappa, krippendorff_alpha, rating_table, read_ratings
 from .regions import Detected, RecordBoxes
 from .similarity import FaceSimilarity, ImageSimilarity, MultimodalPromptScore, ReferenceSimilarity, SubjectSimilarity
 
@@ -36,6 +36,7 @@ __all__ = [
     "ToyboxFollowing",
     "fleiss_kappa",
     "krippendorff_alpha",
+    "rating_table",
     "read_ratings",
     "toybox_rating",
 ]

@@ -102,7 +102,7 @@ def read_ratings(files: Sequence[str | Path]) -> dict[str, tuple[Tensor, Tensor]
     Raises:
         ValueError: the files do not rate the same pictures of the same models, or a cell is no rating.
     """
-    tables = [_table(Path(file)) for file in files]
+    tables = [rating_table(Path(file)) for file in files]
     if not tables:
         raise ValueError("no files of ratings")
     for file, table in zip(files, tables, strict=True):
@@ -115,8 +115,12 @@ def read_ratings(files: Sequence[str | Path]) -> dict[str, tuple[Tensor, Tensor]
     return out
 
 
-def _table(file: Path) -> dict[tuple[str, str], list[float]]:
-    """(picture, model) -> [SC, PQ]."""
+def rating_table(file: Path) -> dict[tuple[str, str], list[float]]:
+    """One rater's file: (picture, model) -> [SC, PQ].
+
+    Raises:
+        ValueError: no column ``uid``, a picture twice, or a cell that is no rating.
+    """
     out: dict[tuple[str, str], list[float]] = {}
     with file.open(encoding="utf-8-sig", newline="") as lines:
         for number, row in enumerate(csv.DictReader(lines, delimiter="\t"), start=2):

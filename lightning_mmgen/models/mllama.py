@@ -52,8 +52,8 @@ class MllamaEncoder(Encoder):
         return "", ""
 
     def see(self, pixels: Tensor) -> Tensor:
-        """Pictures [n, 3, h, w] in [-1, 1] through ``vision``, [n, tiles * (1 + patches), width]: of each tile a class token and its patches,
-        the picture's own tile first.
+        """Pictures [n, 3, h, w] in [-1, 1] through ``vision``, [n, tiles * (1 + patches), width]: of each tile a class token and its
+        patches, the picture's own tile first.
 
         Raises:
             ValueError: they are not of a tile's size.

@@ -42,6 +42,16 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("--strength", type=float, default=1.0, help="1 is the LoRA as trained")
     merge.add_argument("--config", metavar="DIR", help="for a single file: where the UNet's config.json is")
 
+    report = subs.add_parser("report", help="runs side by side on one page")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders; of several versions in it the newest")
+    report.add_argument("--out", required=True, metavar="PAGE.html")
+    report.add_argument("--pictures", type=int, default=16, help="instructions in the grid")
+    report.add_argument("--score", help="what the best and worst cases go by; the first one by default")
+
+    rate = subs.add_parser("rate", help="a local page where people score a run's pictures (SC and PQ of ImagenHub)")
+    rate.add_argument("--run", required=True, metavar="RUN", help="a run folder with evaluation rows")
+    rate.add_argument("--port", type=int, default=7860, help="on 127.0.0.1")
+
     subs.add_parser("encoders", help="the vision-language encoders that an experiment may name")
 
     cache = subs.add_parser("cache", help="keep what frozen networks make of an experiment's pictures")
@@ -282,6 +292,16 @@ def run(args: argparse.Namespace) -> int:
 
         kinds = [args.only] if args.only else ["moments", "vision"]
         print(cache(args.config, args.out, kinds, args.epochs, args.shard, args.device))
+        return 0
+    if args.command == "report":
+        from .report import report
+
+        print(report(args.runs, args.out, args.pictures, args.score))
+        return 0
+    if args.command == "rate":
+        from .rate import serve
+
+        serve(args.run, args.port)
         return 0
     if args.command == "encoders":
         from .encoders import table
