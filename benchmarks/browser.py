@@ -27,6 +27,7 @@ from typing import Any
 from lightning_mmgen.metrics import rating_table
 from lightning_mmgen.tools.rate import make_server
 from lightning_mmgen.tools.report import report
+from lightning_mmgen.tools.runs import find_run, name_run
 
 
 class Browser:
@@ -146,21 +147,24 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        copies = [Path(shutil.copytree(run, Path(folder) / "runs" / run.resolve().name)) for run in args.runs]
+        found = [find_run(run).resolve() for run in args.runs]
+        out = args.out.resolve()
+        os.chdir(folder)  # pages then show no path of this machine
+        copies = [Path(shutil.copytree(run, Path("runs") / name_run(run))) for run in found]
         browser = Browser(f"{folder}/profile")
         try:
-            print(f"{rate(browser, copies[0], args.out)} ratings by clicks: the TSV holds them")
-            print(report([str(run) for run in copies], f"{folder}/report.html"))
+            print(f"{rate(browser, copies[0], out)} ratings by clicks: the TSV holds them")
+            print(report([str(run) for run in copies], "report.html"))
             browser.open(f"file://{folder}/report.html")
             broken = browser.value("[...document.images].filter(i => !i.naturalWidth).length")
             assert broken == 0, f"{broken} pictures of the report do not show"
-            browser.shot(args.out / "report.png")
-            with tensorboard(Path(folder) / "runs") as address:
+            browser.shot(out / "report.png")
+            with tensorboard(Path("runs")) as address:
                 for tab in ("custom_scalars", "hparams", "text", "images"):
                     browser.open(f"{address}/#{tab}")
                     browser.ask("Page.reload")
                     time.sleep(8)
-                    browser.shot(args.out / f"tensorboard_{tab}.png")
+                    browser.shot(out / f"tensorboard_{tab}.png")
         finally:
             browser.close()
 

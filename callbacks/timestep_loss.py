@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
-
 import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_mmgen.diffusion import Diffusion
 from lightning_mmgen.losses import DenoisingStep, LossTerm, squared_error
 
 from .loggers import LoggedCallback, log_values
-
-if TYPE_CHECKING:
-    from lightning_mmgen.module import MultimodalDiffusion
 
 
 class TimestepLoss(LossTerm, LoggedCallback):
@@ -32,23 +28,22 @@ class TimestepLoss(LossTerm, LoggedCallback):
         self.sums: Tensor | None = None  # [2, bins]: errors, samples
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.diffusion = cast("MultimodalDiffusion", pl_module).diffusion
-        self.module = pl_module
+        self.module, self.diffusion = pl_module, getattr(pl_module, "diffusion", None)  # a module of another kind has none
 
     @torch.no_grad()
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
-        if self.module.training and isinstance(step, DenoisingStep):
+        if self.module.training and isinstance(self.diffusion, Diffusion):
             error = squared_error(step.prediction, self.diffusion.target(step.z0, step.noise, step.timesteps))
+            sums = torch.zeros(2, self.bins, device=error.device) if self.sums is None else self.sums
             found = torch.stack([error, torch.ones_like(error)])  # [2, b]
-            if self.sums is None:
-                self.sums = torch.zeros(2, self.bins, device=error.device)
-            self.sums.index_add_(1, step.timesteps.to(error.device) * self.bins // self.diffusion.train_timesteps, found)
+            self.sums = sums.index_add(1, step.timesteps.to(error.device) * self.bins // self.diffusion.train_timesteps, found)
         return {}
 
     def log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.sums is None:
+        if not isinstance(self.diffusion, Diffusion):
             return
-        errors, counts = trainer.strategy.reduce(self.sums, reduce_op="sum").tolist()
+        sums = torch.zeros(2, self.bins, device=pl_module.device) if self.sums is None else self.sums
+        errors, counts = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         last = self.diffusion.train_timesteps
         edges = [-(-k * last // self.bins) for k in range(self.bins + 1)]
         names = [f"timestep_loss/{low:04d}-{high - 1:04d}" for low, high in zip(edges, edges[1:], strict=False)]
