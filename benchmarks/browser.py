@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from lightning_mmgen.metrics import rating_table
 from lightning_mmgen.tools.rate import make_server
@@ -104,7 +105,12 @@ def tensorboard(folder: Path, port: int = 16124) -> Iterator[str]:
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port), "--host", "127.0.0.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        time.sleep(8)
+        for _ in range(600):
+            try:
+                urlopen(f"http://127.0.0.1:{port}/data/logdir").close()
+                break
+            except OSError:
+                time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -159,11 +165,13 @@ def main() -> None:
             broken = browser.value("[...document.images].filter(i => !i.naturalWidth).length")
             assert broken == 0, f"{broken} pictures of the report do not show"
             browser.shot(out / "report.png")
+            browser.value("[...document.querySelectorAll('h2')].find(h => h.textContent == 'Pictures').scrollIntoView()")
+            browser.shot(out / "report_pictures.png")
             with tensorboard(Path("runs")) as address:
                 for tab in ("custom_scalars", "hparams", "text", "images"):
                     browser.open(f"{address}/#{tab}")
                     browser.ask("Page.reload")
-                    time.sleep(8)
+                    time.sleep(12)
                     browser.shot(out / f"tensorboard_{tab}.png")
         finally:
             browser.close()

@@ -34,7 +34,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
 
 
 class Dashboard(Callback):
-    """Lays the dashboard out once, and fills its HParams tab at the end: how each row trains, and the last value of every score."""
+    """Lays the dashboard out once, and fills its HParams tab at the end, be it an interruption: how each row trains, and the last value of
+    every score."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -47,6 +48,12 @@ class Dashboard(Callback):
                 logger.log_hyperparams(settings)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fill(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._fill(trainer, pl_module)
+
+    def _fill(self, trainer: Trainer, pl_module: LightningModule) -> None:
         scores = final_scores(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and scores:

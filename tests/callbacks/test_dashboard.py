@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning_mmgen.callbacks import CLIPScoreEvaluation, PictureGrid, Throughput, TimestepLoss
+from lightning_mmgen.callbacks import CLIPScoreEvaluation, Dashboard, PictureGrid, Throughput, TimestepLoss, log_scores
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -147,6 +147,19 @@ def test_hparams_hold_the_rates_and_the_final_scores(fitted: tuple[Any, Witness,
     (experiment,) = (c.experiment for c in contents if c.WhichOneof("data") == "experiment")
     assert {m.name.tag for m in experiment.metric_infos} == {"held_out/clip_t", "loss"}
     assert list(rows(events, "held_out/clip_t")) == [0, 2, 4]
+
+
+def test_a_run_that_was_interrupted_has_its_hparams_too(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(str(tmp_path))
+    trainer = Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False)
+    log_scores(trainer, {"held_out/dino": 0.5})
+    Dashboard().on_exception(trainer, LightningModule(), KeyboardInterrupt())
+    logger.finalize("failed")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    contents = [HParamsPluginData.FromString(c) for c in events.PluginTagToContent("hparams").values()]
+    (experiment,) = (c.experiment for c in contents if c.WhichOneof("data") == "experiment")
+    assert [m.name.tag for m in experiment.metric_infos] == ["held_out/dino"]
 
 
 def test_other_loggers_get_the_same(fitted: tuple[Any, Witness, Media, EventAccumulator]) -> None:
