@@ -159,7 +159,6 @@ def main() -> None:
         copies = [Path(shutil.copytree(run, Path("runs") / name_run(run))) for run in found]
         browser = Browser(f"{folder}/profile")
         try:
-            print(f"{rate(browser, copies[0], out)} ratings by clicks: the TSV holds them")
             print(report([str(run) for run in copies], "report.html"))
             browser.open(f"file://{folder}/report.html")
             broken = browser.value("[...document.images].filter(i => !i.naturalWidth).length")
@@ -167,6 +166,7 @@ def main() -> None:
             browser.shot(out / "report.png")
             browser.value("[...document.querySelectorAll('h2')].find(h => h.textContent == 'Pictures').scrollIntoView()")
             browser.shot(out / "report_pictures.png")
+            print(f"{rate(browser, copies[0], out)} ratings by clicks: the TSV holds them")
             with tensorboard(Path("runs")) as address:
                 for tab in ("custom_scalars", "hparams", "text", "images"):
                     browser.open(f"{address}/#{tab}")
