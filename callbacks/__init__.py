@@ -6,6 +6,7 @@ from .clip_score import CLIPScoreEvaluation
 from .consistency_penalty import ConsistencyPenalty
 from .dashboard import Dashboard
 from .drift import DriftEvaluation
+from .edits import EditEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
 from .gradient_norm import GradientNorm
@@ -30,6 +31,7 @@ __all__ = [
     "ConsistencyPenalty",
     "Dashboard",
     "DriftEvaluation",
+    "EditEvaluation",
     "FollowingEvaluation",
     "GradientNorm",
     "HeldOut",
