@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from lightning_mmgen.data.instructions import DATA_SETS
 from lightning_mmgen.losses import DenoisingStep
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
+from lightning_mmgen.tools.main import main as mmgen
 from lightning_mmgen.toybox.pretrain import VAEPretraining, VLMPretraining
 
 ROOT = Path(__file__).parent.parent
@@ -70,18 +72,38 @@ def test_an_experiment_reads_like_a_table() -> None:
         assert len(path.read_text().splitlines()) < 100, path
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+QUESTIONS = [r for r in RECIPES if "VisualInstructionTuning" in r.read_text()]
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in QUESTIONS], ids=lambda p: p.stem)
 def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = recipe.read_text()
-    own = ["overlays/toybox_questions.yaml" if "VisualInstructionTuning" in text else "overlays/toybox.yaml"]
+    text, own = recipe.read_text(), ["overlays/toybox.yaml"]
     own += ["overlays/toybox_references.yaml"] if "reference_attention" in text else []
     own += ["overlays/toybox_edits.yaml"] if "source_latents: true" in text else []
     step_on_the_toybox([recipe.name, *own, f"overlays/toybox_{recipe.stem}.yaml"])
 
 
-def step_on_the_toybox(files: list[str]) -> Any:
-    more = ["--trainer.fast_dev_run=true", "--data.init_args.batch_size=2", "--model.init_args.start=null"]
+@pytest.fixture(scope="module")
+def looks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Attention targets of the toybox's first four questions."""
+    folder = tmp_path_factory.mktemp("attention")
+    told = ["--data", "toybox/short question", "--model", "toybox", "--mode", "fast", "--steps", "2", "--compare", "1", "--count", "4"]
+    assert mmgen(["build", "attention", *told, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("recipe", QUESTIONS, ids=lambda p: p.stem)
+def test_recipe_of_questions_on_the_toybox(recipe: Path, looks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = [f"--data.init_args.targets={looks}", "--data.init_args.train.init_args.length=4"]
+    own = ["overlays/toybox_questions.yaml"] if recipe.stem != "lavender" else []
+    model = step_on_the_toybox([recipe.name, *own], few)
+    assert model.trainer.callback_metrics["loss/alignment"] > 0 and all(p.requires_grad for p in model.aligner.parameters())
+
+
+def step_on_the_toybox(files: list[str], more: Sequence[str] = ()) -> Any:
+    more = [*more, "--trainer.fast_dev_run=true", "--data.init_args.batch_size=2", "--model.init_args.start=null"]
     cli = main(["fit", *(x for f in files if (EXPERIMENTS / f).is_file() for x in ("-c", str(EXPERIMENTS / f))), *more])
     assert cli.trainer.global_step == 1
     assert torch.isfinite(cli.trainer.callback_metrics["loss"])
@@ -148,6 +170,7 @@ def command_line(form: str) -> list[str]:
     if "instruct_imagen_sdxl.yaml" in files:
         sources = dict.fromkeys(["depth"] if form == "single_task" else DATA_SETS, ONE)
         data = [f"--data.init_args.train={json.dumps(sources)}", "--data.init_args.length=100", "--data.init_args.held_out=null"]
+    data += ["--data.init_args.targets=null"] if form in LAVENDER else []
     return [*(x for f in files for x in ("-c", f"experiments/{f}")), *data]
 
 

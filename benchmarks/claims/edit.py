@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jobs import EXPERIMENTS, MODEL, Job, arguments, fit, interval, work
+from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, work
 from lightning_mmgen.callbacks import sample
 
 from lightning_mmgen.cli import main as lightning
@@ -100,13 +100,6 @@ COLUMNS += (f"consistency after {TURNS} turns",)
 def row(name: str, runs: list[Scores]) -> str:
     """Means over the seeds."""
     return f"{name:<16}" + "".join(f"{np.mean([np.mean(run[c]) for run in runs]):>{len(c) + 3}.4f}" for c in COLUMNS)
-
-
-def claim(name: str, values: list[float], sign: str, bar: float) -> str:
-    """Mean over seeds, its t interval, and the verdict."""
-    figure, half = interval(values)
-    holds = figure >= bar if sign == ">=" else figure <= bar
-    return f"{name:<64}{sign} {bar:<6g}{figure:>9.3f} ± {half:.3f}   {'holds' if holds else 'does not hold'}"
 
 
 def plot(found: dict[str, list[Scores]], path: str) -> None:

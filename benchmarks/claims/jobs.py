@@ -16,8 +16,7 @@ import torch
 from scipy import stats
 
 from lightning_mmgen.cli import main as lightning
-from lightning_mmgen.module import MultimodalDiffusion
-from lightning_mmgen.tools.generate import load_module
+from lightning_mmgen.tools.generate import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 MODEL, DATA = "--model.init_args", "--data.init_args"
@@ -49,7 +48,7 @@ class Job(NamedTuple):
         return json.loads((self.folder / "scores.json").read_text())
 
 
-def fit(job: Job, files: list[str], more: list[str]) -> MultimodalDiffusion:
+def fit(job: Job, files: list[str], more: list[str]) -> Any:
     """One training, or what it left."""
     if not job.checkpoint.is_file():
         args = [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
@@ -58,7 +57,7 @@ def fit(job: Job, files: list[str], more: list[str]) -> MultimodalDiffusion:
         run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
         args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
         lightning(["fit", *args, *more]).trainer.save_checkpoint(job.checkpoint)
-    return load_module(job.checkpoint)
+    return load(job.checkpoint)
 
 
 def _do(job: Job, measure: Callable[[Job], Any]) -> None:
@@ -99,3 +98,10 @@ def interval(values: list[float]) -> tuple[float, float]:
     """Mean over seeds, and half of its 95 % interval (Student's t)."""
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
     return float(np.mean(values)), half
+
+
+def claim(name: str, values: list[float], sign: str, bar: float) -> str:
+    """A line of a table: the figure's mean over seeds, its t interval, and the verdict; ``sign`` is ``>=`` or ``<=``."""
+    figure, half = interval(values)
+    holds = figure >= bar if sign == ">=" else figure <= bar
+    return f"{name:<64}{sign} {bar:<6g}{figure:>9.3f} ± {half:.3f}   {'holds' if holds else 'does not hold'}"

@@ -513,7 +513,7 @@ class MultimodalDataModule(L.LightningDataModule):
             self._streamed.take(*stand)
         elif self.trainer:
             self.advance()  # here, because Lightning calls no on_train_batch_start for a batch of bad rows alone
-        if good and good.moments and (good.moments.target is None or (good.edit and good.moments.source is None)):
+        if isinstance(good, Batch) and good.moments and (good.moments.target is None or (good.edit and good.moments.source is None)):
             warn_of_misses(str(self.cache), good.ids)
         for row in bad:
             self.bad[row.index] = row.reason
