@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -26,6 +27,7 @@ from lightning_mmgen.losses import (
     turns,
 )
 from lightning_mmgen.models.dino import Dino
+from lightning_mmgen.shards import is_sharded
 
 from .ema import averaged, evaluation_mode
 
@@ -120,8 +122,11 @@ class ConsistencyPenalty(LossTerm):
         diffusion, ema = self.module.diffusion, averaged(self.trainer)
         timesteps = earlier(step.batch.seed, step.timesteps)
         z_t = diffusion.add_noise(step.z0, step.noise, timesteps)
-        mean = {f"module.{n}": w.to(self.module.get_parameter(n).dtype) for n, w in ema.mean.items()} if ema else {}
-        with evaluation_mode(self.module):
+        shared = any(map(is_sharded, self.module.trainable().values()))
+        mean = {}
+        if ema and not shared:
+            mean = {f"module.{n}": w.to(self.module.get_parameter(n).dtype) for n, w in ema.mean.items()}
+        with evaluation_mode(self.module), ema.swapped(self.module) if ema and shared else nullcontext():
             prediction = functional_call(_Pass(self.module), mean, (step, z_t, timesteps))
         return diffusion.estimate_z0(prediction, z_t, timesteps)
 

@@ -12,11 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from lightning_mmgen.shards import part, part_of, put, whole
+
 
 class EMA(Callback):
     """Keeps an average of the trained weights in float32; evaluation, pictures and export use it, training does not.
 
-    Frozen weights are not copied. The average is part of the checkpoint.
+    Frozen weights are not copied. The average is part of the checkpoint, whole; where processes share a weight, they share its average.
 
     Args:
         decay: of one optimizer step; it starts lower, as (1 + n) / (10 + n) after n steps.
@@ -27,10 +29,12 @@ class EMA(Callback):
             raise ValueError(f"EMA decay must lie between 0 and 1, not {decay}")
         self.decay, self.updates, self.step = decay, 0, 0
         self.mean: dict[str, Tensor] = {}
+        self.module: LightningModule | None = None  # whose weights the average follows
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         weights = pl_module.trainable()  # type: ignore[operator]
-        self.mean = {n: self.mean.get(n, p.detach()).to(p.device, torch.float32, copy=True) for n, p in weights.items()}
+        means = {n: part_of(p, self.mean[n]) if n in self.mean else part(p) for n, p in weights.items()}
+        self.mean, self.module = {n: m.to(part(weights[n]).device, torch.float32, copy=True) for n, m in means.items()}, pl_module
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -38,29 +42,29 @@ class EMA(Callback):
             return  # gradients are still accumulating
         self.step, self.updates = trainer.global_step, self.updates + 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        weights = [p.detach().float() for p in pl_module.trainable().values()]  # type: ignore[operator]
+        weights = [part(p).float() for p in pl_module.trainable().values()]  # type: ignore[operator]
         torch._foreach_lerp_(list(self.mean.values()), weights, 1 - decay)
 
     @contextmanager
     def swapped(self, pl_module: LightningModule) -> Iterator[None]:
         """The module holds the averaged weights within this block."""
         weights = pl_module.trainable()  # type: ignore[operator]
-        kept = {n: p.detach().clone() for n, p in weights.items()}
-        with torch.no_grad():
-            for n, p in weights.items():
-                p.copy_(self.mean[n])
+        kept = {n: part(p).clone() for n, p in weights.items()}
+        for n, p in weights.items():
+            put(p, self.mean[n])
         try:
             yield
         finally:
-            with torch.no_grad():
-                for n, p in weights.items():
-                    p.copy_(kept[n])
+            for n, p in weights.items():
+                put(p, kept[n])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates, "mean": self.mean}
+        if self.module is None:
+            return {"updates": self.updates, "mean": self.mean}
+        return {"updates": self.updates, "mean": {n: whole(self.module.get_parameter(n), m) for n, m in self.mean.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.updates, self.mean = state_dict["updates"], state_dict["mean"]
+        self.updates, self.mean, self.module = state_dict["updates"], state_dict["mean"], None
 
 
 def averaged(trainer: Trainer) -> EMA | None:

@@ -13,6 +13,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from lightning_mmgen.data.images import open_picture, pad_square
+from lightning_mmgen.folder import run_folder
 from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.prompt import Record
 
@@ -42,10 +43,10 @@ class PictureGrid(HeldOutCallback):
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         records, pictures = held_out(trainer, pl_module, self.count)
-        if not records or not trainer.is_global_zero or trainer.log_dir is None:
+        folder = run_folder(trainer)
+        if not records or not trainer.is_global_zero or folder is None:
             return
         page = grid(records, self.before, pictures, self.cell, self.columns)
-        folder = Path(trainer.log_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"pictures-{trainer.global_step:06d}.png"
         page.save(self.path)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
 from lightning_mmgen.batch import Batch, QuestionBatch
+from lightning_mmgen.folder import run_folder
 from lightning_mmgen.pipeline import to_pil
 
 
@@ -37,7 +38,7 @@ class PictureWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        folder = Path(self.folder or Path(trainer.log_dir or ".") / "predictions")
+        folder = Path(self.folder or (run_folder(trainer) or Path()) / "predictions")
         folder.mkdir(parents=True, exist_ok=True)
         rows: list[dict[str, Any]] = []
         if isinstance(batch, QuestionBatch):

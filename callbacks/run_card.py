@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_mmgen.data.sources import Source
 from lightning_mmgen.data.streams import Stream
+from lightning_mmgen.folder import run_folder
 
 from .held_out import HeldOutCallback
 from .loggers import log_text
@@ -38,16 +38,22 @@ class RunCard(Callback):
     def __init__(self, config: str = "", seed: int | None = None) -> None:
         self.config, self.seed = config, seed
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Raises: ValueError: another rank has another configuration."""
+        run_folder(trainer)
+        if trainer.strategy.broadcast(self.config) != self.config:
+            raise ValueError(
+                f"rank {trainer.global_rank} has another configuration than rank 0; all must be given the same files and options"
+            )
+
+    @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = trainer.log_dir  # asks all ranks
-        if not trainer.is_global_zero:
-            return
         table = getattr(pl_module, "table", None)  # a module of another kind has none
         if table is not None:
             print(f"\n{table}\n", flush=True)
-        if run is None:
+        folder = run_folder(trainer)
+        if folder is None:
             return
-        folder = Path(run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config)
         (folder / "model.yaml").write_text(yaml.safe_dump((yaml.safe_load(self.config) or {}).get("model"), sort_keys=False))

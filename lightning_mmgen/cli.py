@@ -31,6 +31,7 @@ from .data.streams import DatasetStream
 from .data.suites import DreamBenchSource, PartiPromptsSource, SuiteDataModule
 from .models.encoder import encoders
 from .module import MultimodalDiffusion
+from .strategies import FSDP2, ZeRO
 from .tuning import TunedModule
 
 SHORT_NAMES = (
@@ -52,6 +53,8 @@ SHORT_NAMES = (
     MultimodalDiffusion,
     VisualInstructionTuning,
     VQADataModule,
+    FSDP2,
+    ZeRO,
 )  # imported: class_path may be the bare name
 ALLOWED = ["lightning_mmgen", "lightning", "torch"]  # what a YAML may import, beside the working directory's own modules
 
@@ -91,6 +94,7 @@ class CLI(LightningCLI):
             first.append(callbacks.Throughput())
             if not any(isinstance(c, callbacks.TimestepLoss) for c in trainer.callbacks):  # type: ignore[attr-defined]
                 own.append(callbacks.TimestepLoss())
+        own.append(callbacks.Preemption())  # after what else ends a step
         trainer.callbacks = trainer._callback_connector._reorder_callbacks(first + trainer.callbacks + own)  # type: ignore[attr-defined]
         return trainer
 

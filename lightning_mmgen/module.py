@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import Batch, Condition, Moments
 from .conditioning import Conditioner
@@ -66,6 +66,11 @@ class MultimodalDiffusion(TunedModule):
                 f"encoder.device: {self.encoder.device} is for one process (trainer.devices: 1), not for {self._trainer.world_size}"
             )
 
+        if self.encoder.quantization is not None and self.engine is not None:
+            raise ValueError(
+                f"encoder.quantization: {self.encoder.quantization} is for one process or DDP, not for {type(self.engine).__name__}"
+            )
+
     def build(self, weights: bool = True) -> None:
         """Create encoder, UNet, adapter and codec; ``weights=False`` builds from configurations alone (on the meta device, say)."""
         adapter, unet, codec, reference_attention = self.parts
@@ -73,11 +78,17 @@ class MultimodalDiffusion(TunedModule):
         self.unet = unet.build(weights)
         self.adapter = adapter.build(self.encoder.hidden_size, int(self.unet.config.cross_attention_dim), pooled_features(self.unet))
         self.codec = codec.build(weights)
+        self.encoder.in_step = self.engine is not None and self.trainer.world_size > 1
         self.reference_attention = None
         if reference_attention is not None:
             self.reference_attention = reference_attention.build(self.unet)
             give_partial_pass(self.unet)
         self.apply_table([part for part in PARTS if getattr(self, part) is not None])
+
+    def roots(self) -> list[nn.Module]:
+        """The VAE stays whole, and the layers of reference attention are called one by one."""
+        layers = [] if self.reference_attention is None else list(self.reference_attention.layers.values())
+        return [part for part in super().roots() if part not in (self.codec, self.reference_attention)] + layers
 
     # -- one step ------------------------------------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoint import AtomicCheckpointIO, trained_weights
 from .data.datamodule import MultimodalDataModule
 from .losses import AnsweringStep, DenoisingStep, LossTerm
 from .models.parameters import ParameterTable, Row
 from .optimizer import beside_parameters, make_optimizer
+from .strategies import OneFile
 
 
 @dataclass
@@ -83,6 +84,19 @@ class TunedModule(L.LightningModule, ABC):
         self.build()
         if self.start and self._trainer and not self._trainer.ckpt_path:
             self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
+        if self.engine:
+            self.engine.share(self)
+            self.table.hold(self)
+
+    @property
+    def engine(self) -> OneFile | None:
+        """The strategy, where it shares the parameters or their states among processes."""
+        strategy = self._trainer.strategy if self._trainer else None
+        return strategy if isinstance(strategy, OneFile) else None
+
+    def roots(self) -> list[nn.Module]:
+        """The modules that are cut over processes, each of them called as a whole; a subclass leaves out what is not."""
+        return [child for child in self.children() if any(True for _ in child.parameters())]
 
     def check(self) -> None:
         """Raises: ValueError: the trainer cannot train this; asked before anything is built."""
@@ -142,8 +156,9 @@ class TunedModule(L.LightningModule, ABC):
         if not torch.isfinite(total):
             values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
             raise ValueError(f"loss is {total.item():g} at step {self.global_step} (terms: {values}; rows: {', '.join(rows)})")
-        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=size)
-        self.log("loss", total.detach(), prog_bar=True, batch_size=size)
+        several = self.trainer.world_size > 1
+        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=size, sync_dist=several)
+        self.log("loss", total.detach(), prog_bar=True, batch_size=size, sync_dist=several)
         return total
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -152,10 +167,14 @@ class TunedModule(L.LightningModule, ABC):
 
     # -- optimizer and checkpoints -------------------------------------------------------------------------------------------
 
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups, with AdamW where the strategy cannot run what a row asks for."""
+        return self.table.groups(self.engine.optimizers_known if self.engine else None)
+
     def configure_optimizers(self) -> Any:
         """One group a trained row, and the schedule in optimizer steps."""
         fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
-        optimizer = make_optimizer(self.table.groups(), self.betas, fused)
+        optimizer = make_optimizer(self.groups(), self.betas, fused)
         steps = self.trainer.max_steps
         if self.schedule.decay in ("cosine", "linear") and steps < 1:
             raise ValueError(f"schedule.decay: {self.schedule.decay} needs trainer.max_steps")

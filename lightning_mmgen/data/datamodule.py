@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
 
 from ..batch import Batch, Edit, Moments, pack
+from ..folder import run_folder
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
 from .buckets import Buckets, Rows, bucketed
@@ -402,6 +403,8 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         module = self.trainer.lightning_module if self.trainer else None
+        if self.trainer:
+            run_folder(self.trainer)  # here all ranks ask
         encoder = getattr(module, "encoder", None)
         if encoder is None and self.reference_size is None:
             raise ValueError("data.reference_size is needed where the model has no encoder to ask")
@@ -440,6 +443,8 @@ class MultimodalDataModule(L.LightningDataModule):
         if self.buckets and self._resume[1] and self._batch != (now := self.batch_size * world):
             raise ValueError(f"buckets: a run goes on within an epoch with the same global batch, {self._batch}, not {now}")
         self._resume = self._sampler.seek(*self._resume)
+        if self.trainer and self._resume[1]:  # the loop counts batches, which another number of devices makes larger or smaller
+            self.trainer.fit_loop.epoch_loop.batch_progress.current.ready = self._resume[1] // (self.batch_size * world)
         return self._loader(self.train, self._sampler, self.recipe, self.caches)
 
     def sampler(self, rank: int = 0, world: int = 1) -> OrderedSampler:
@@ -522,8 +527,7 @@ class MultimodalDataModule(L.LightningDataModule):
         return good
 
     def _report(self, bad: list[BadRow]) -> None:
-        if self.trainer and self.trainer.log_dir:
-            folder = Path(self.trainer.log_dir)
+        if self.trainer and (folder := run_folder(self.trainer)):
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / f"bad_rows.{self.trainer.global_rank}.jsonl").open("a") as file:
                 file.writelines(json.dumps(row._asdict()) + "\n" for row in bad)

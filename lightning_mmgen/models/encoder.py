@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
@@ -85,6 +86,8 @@ class Encoder(nn.Module, ABC):
     is_loaded_in_4bit: bool = False
     is_loaded_in_8bit: bool = False
     """By these names PEFT asks how the linear layers are quantised."""
+    in_step: bool = False
+    """Whether every rank must go through the tower equally often; set by a strategy."""
 
     def __init__(
         self,
@@ -282,6 +285,8 @@ class Encoder(nn.Module, ABC):
         tokens = torch.tensor([r + [self.tokenizer.pad_token_id] * (max(lengths) - len(r)) for r in rows], device=device)
         mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         inputs = self.language.get_input_embeddings()(tokens)  # type: ignore[operator]
+        if self.in_step:
+            inputs = inputs + self._passes_of_others(len(references), device).to(inputs.dtype)
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         slots = [[s for _, s in split(t, m) if s is not None] for t, m in zip(instructions, markers, strict=True)]  # left to right
         shown = [[grids[b, s] for s in of] for b, of in enumerate(slots)]
@@ -306,6 +311,15 @@ class Encoder(nn.Module, ABC):
             return prompts
         order = torch.cat([image for of in pictures for image in of])
         return prompts._replace(inputs=prompts.inputs.masked_scatter(at.unsqueeze(-1), order.to(prompts.inputs.dtype)))
+
+    def _passes_of_others(self, passes: int, device: torch.device) -> Tensor:
+        """A zero of the graph: blank pictures through the tower, as often as another rank's pictures go through it more. Ranks that
+        gather weights from each other would else wait for ever."""
+        most, side, zero = torch.tensor(passes, device=device), self.reference_size, torch.zeros((), device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        for _ in range(int(most) - passes):
+            zero = zero + 0 * self.embed_images(torch.zeros(1, 3, side, side, device=device)).sum()
+        return zero
 
     def read(self, prompts: Prompts) -> Tensor:
         """The last hidden states [b, n, d]."""

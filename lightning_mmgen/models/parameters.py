@@ -151,7 +151,7 @@ class ParameterTable:
         for row in self.rows:
             if row.checkpointing:
                 self._checkpoint(root, row)
-        self._count(root)
+        self.hold(root)
 
     def _inject(self, part: nn.Module, name: str) -> None:
         """Add the LoRA layers of all rows that reach into one part, as one PEFT adapter with rank and alpha patterns."""
@@ -201,7 +201,8 @@ class ParameterTable:
         if not found:
             raise ValueError(f"parameter row {row.match!r}: nothing there supports activation checkpointing")
 
-    def _count(self, root: nn.Module) -> None:
+    def hold(self, root: nn.Module) -> None:
+        """Note each row's parameters, and how many weights they are; again where a strategy has replaced them."""
         states, default = {id(r): RowState(r) for r in self.rows}, torch.get_default_device()
         for name, p in root.named_parameters():
             state = states[id(self.row_of(name))]
@@ -216,11 +217,16 @@ class ParameterTable:
                 wanted = f" named {', '.join(state.row.target_modules)}" if state.row.target_modules else ""
                 raise ValueError(f"parameter row {state.row.match!r}: no linear layer{wanted} there, so LoRA trains nothing")
 
-    def groups(self) -> list[dict[str, Any]]:
-        """One optimizer group a trained row, named after it; with Muon, one more for the row's vectors."""
+    def groups(self, known: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """One optimizer group a trained row, named after it; with Muon, one more for the row's vectors.
+
+        Args:
+            known: optimizers that can run; a row that asks for another gets AdamW.
+        """
         groups = []
         for s in self.states:
-            kind, rates = s.row.optimizer, {"lr": s.row.lr, "weight_decay": s.row.weight_decay}
+            rates = {"lr": s.row.lr, "weight_decay": s.row.weight_decay}
+            kind = s.row.optimizer if known is None or s.row.optimizer in known else "adamw"
             own = [p for _, p in s.parameters if kind != "muon" or p.ndim == 2]
             rest = [p for _, p in s.parameters if kind == "muon" and p.ndim != 2]
             if own:

@@ -1,0 +1,55 @@
+"""Parameters that several processes hold together: one process's part of each, and the whole.
+
+FSDP2 holds a parameter as a ``DTensor``; ZeRO-3 flat, cut into equal parts, in ``ds_tensor``; a single process, DDP and ZeRO-2 hold it
+whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import pad
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process holds a part of the parameter only."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+
+
+def part(parameter: Any) -> Tensor:
+    """What this process holds of a parameter, in the memory of the parameter."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def put(parameter: Any, value: Tensor) -> None:
+    """Write this process's part of a parameter."""
+    part(parameter).copy_(value)
+    if hasattr(parameter, "ds_tensor") and parameter.numel():  # ZeRO-3 keeps small ones whole between steps, which is now out of date
+        parameter.partition(has_been_updated=False)
+
+
+def whole(parameter: Any, held: Tensor) -> Tensor:
+    """The whole of what the processes hold as they hold the parameter; every process calls it."""
+    if isinstance(held, DTensor):
+        return held.full_tensor()
+    if not hasattr(parameter, "ds_tensor"):
+        return held
+    parts = held.new_empty(dist.get_world_size() * held.numel())
+    dist.all_gather_into_tensor(parts, held.contiguous())
+    return parts[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def part_of(parameter: Any, value: Tensor) -> Tensor:
+    """What this process holds of a value of the parameter's shape: the inverse of :func:`whole`, without a word to the others."""
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    if not hasattr(parameter, "ds_tensor"):
+        return value
+    world, flat = dist.get_world_size(), value.to(parameter.ds_tensor.device).flatten()
+    padded = pad(flat, (0, world * parameter.ds_tensor.numel() - flat.numel()))
+    return padded.chunk(world)[dist.get_rank()].clone()
