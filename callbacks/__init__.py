@@ -16,6 +16,7 @@ from .last_checkpoint import LastCheckpoint
 from .model_card import ModelCard
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
+from .preemption import Preemption
 from .random_state import RandomState
 from .reference import ReferenceEvaluation
 from .rows import latest_scores, log_scores, write_rows
@@ -40,6 +41,7 @@ __all__ = [
     "ModelCard",
     "PictureGrid",
     "PictureWriter",
+    "Preemption",
     "RandomState",
     "ReferenceEvaluation",
     "RunCard",

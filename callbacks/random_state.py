@@ -7,20 +7,30 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 
 class RandomState(Callback):
-    """Saves the states of torch, numpy and Python, and restores them before the first batch after a resume.
+    """Saves the states of torch, numpy and Python of every process, and restores them before the first batch after a resume.
 
-    Order and noise of the data do not need it (they follow from the seed); dropout within the networks does.
+    Order and noise of the data do not need it (they follow from the seed); dropout within the networks does. Processes begin with seeds of
+    their own, so that dropout differs among them; where a run goes on with another number of processes, they do so too.
     """
 
     def __init__(self) -> None:
         self.saved: dict[str, Any] | None = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.saved is None and trainer.global_rank:
+            torch.manual_seed((torch.initial_seed() + 7919 * trainer.global_rank + trainer.global_step) % 2**63)
+
     def state_dict(self) -> dict[str, Any]:
+        return {"ranks": everyone(self.own())}
+
+    def own(self) -> dict[str, Any]:
+        """The states of this process."""
         _, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
         version, internal, gauss = random.getstate()
         return {
@@ -31,7 +41,9 @@ class RandomState(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.saved = state_dict
+        ranks = state_dict.get("ranks", [state_dict])
+        rank, world = (dist.get_rank(), dist.get_world_size()) if several() else (0, 1)
+        self.saved = ranks[rank] if len(ranks) == world else None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.saved is None:
@@ -44,3 +56,17 @@ class RandomState(Callback):
         version, internal, gauss = self.saved["python"]
         random.setstate((version, tuple(internal), gauss))
         self.saved = None
+
+
+def several() -> bool:
+    """Whether this process is one of a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def everyone(own: Any) -> list[Any]:
+    """What each process has, by rank."""
+    if not several():
+        return [own]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found

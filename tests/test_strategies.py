@@ -1,0 +1,97 @@
+"""Two processes from the same YAML: the numbers of one process, and checkpoints that any of them goes on from."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_mmgen import cli
+from lightning_mmgen.strategies import FSDP2, ZeRO
+from lightning_mmgen.tools.generate import load_module
+
+from . import engines
+from .engines import checkpoint, fit, largest_difference, losses, seen
+
+
+@pytest.fixture(scope="module")
+def folder(parts: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process over 12 batches of 4, and FSDP2 in two over the same, 2 each, which is killed in batch 9 and goes on."""
+    folder = tmp_path_factory.mktemp("engines")
+    (folder / "engines.yaml").write_text(engines.YAML.format(parts=parts, clip=clip))
+    fit(folder, "one", "--data.init_args.batch_size=4", "--trainer.max_steps=6")
+    fit(folder, "fsdp", "--trainer.max_steps=6", engine="fsdp", kill_at=9, status=None)
+    fit(folder, "fsdp", "--trainer.max_steps=6", "--ckpt_path=last", engine="fsdp")
+    return folder
+
+
+def test_two_processes_have_the_losses_of_one(folder: Path) -> None:
+    alone, both = losses(folder, "one"), losses(folder, "fsdp", 2)
+    assert len(alone) == 12
+    assert both[0] == pytest.approx(alone[0], abs=1e-6)
+    assert both == pytest.approx(alone, abs=1e-4)
+    assert max(abs(a - b) for a, b in zip(alone, alone[1:], strict=False)) > 1e-3, "batches differ"
+
+
+def test_a_killed_run_of_two_neither_loses_nor_repeats_a_sample(folder: Path) -> None:
+    alone = [row["ids"] for row in seen(folder, "one")]
+    ranks = [[row["ids"] for row in seen(folder, "fsdp", rank)] for rank in (0, 1)]
+    assert [[x for pair in zip(a, b, strict=True) for x in pair] for a, b in zip(*ranks, strict=True)] == alone
+
+
+def test_every_row_keeps_its_own_rate(folder: Path) -> None:
+    rates = [[row["lr"] for row in seen(folder, name)] for name in ("one", "fsdp")]
+    assert rates[0] == rates[1]
+    assert len({tuple(r.values()) for r in rates[0]}) > 3 and len(set(rates[0][0].values())) == 4
+
+
+def test_a_checkpoint_of_two_is_that_of_one_process(folder: Path) -> None:
+    one, two = (checkpoint(folder, name) for name in ("one", "fsdp"))
+    assert largest_difference(one["state_dict"], two["state_dict"]) < 1e-4
+    assert all(".lora_" in name or name.startswith("adapter.") for name in two["state_dict"])
+    states: list[dict[Any, Any]] = [
+        {(i, k): v for i, s in c["optimizer_states"][0]["state"].items() for k, v in s.items()} for c in (one, two)
+    ]
+    assert largest_difference(*states) < 1e-4
+    assert [g["params"] for g in one["optimizer_states"][0]["param_groups"]] == [
+        g["params"] for g in two["optimizer_states"][0]["param_groups"]
+    ]
+    sizes = [(folder / f"runs/{name}/version_0/checkpoints/last.ckpt").stat().st_size for name in ("one", "fsdp")]
+    assert abs(sizes[0] - sizes[1]) < 30_000  # the second process's random state
+
+
+def test_averages_and_pictures_are_those_of_one_process(folder: Path) -> None:
+    one, two = (checkpoint(folder, name)["callbacks"] for name in ("one", "fsdp"))
+    ema, grid = (next(k for k in one if k.startswith(name)) for name in ("EMA", "PictureGrid"))
+    assert one[ema]["updates"] == two[ema]["updates"] == 6
+    assert largest_difference(one[ema]["mean"], two[ema]["mean"]) < 1e-4
+    assert largest_difference({"before": one[grid]["before"]}, {"before": two[grid]["before"]}) < 1e-4
+    modules = [load_module(folder / f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("one", "fsdp")]
+    assert largest_difference(*({n: p.detach() for n, p in m.named_parameters()} for m in modules)) < 1e-4
+
+
+def test_another_engine_goes_on_from_a_checkpoint(folder: Path) -> None:
+    """From FSDP2 in two processes to ZeRO-3 in two, and to one process."""
+    start = f"--ckpt_path={folder}/runs/fsdp/version_0/checkpoints/step=4.ckpt"
+    fit(folder, "zero3", "--trainer.max_steps=6", start, engine="deepspeed_zero3")
+    fit(folder, "back", "--trainer.max_steps=6", start, "--data.init_args.batch_size=4")
+    for name, world in (("zero3", 2), ("back", 1)):
+        assert losses(folder, name, world) == pytest.approx(losses(folder, "one")[8:], abs=1e-4)
+        assert largest_difference(checkpoint(folder, name)["state_dict"], checkpoint(folder, "one")["state_dict"]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [FSDP2, ZeRO])
+def test_what_needs_a_gpu_says_so_before_anything_is_built(kind: Any) -> None:
+    with pytest.raises(ValueError, match="there is no GPU here"):
+        kind(offload=True)
+
+
+def test_quantised_weights_are_not_cut(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    args = ["-c", str(experiment), "--trainer.strategy=FSDP2", "--trainer.devices=1"]
+    made = cli.main([*args, "--model.init_args.encoder.init_args.quantization=nf4"], run=False)
+    made.trainer.strategy.connect(made.model)
+    with pytest.raises(ValueError, match=re.escape("encoder.quantization: nf4 is for one process or DDP, not for FSDP2")):
+        made.model.check()
