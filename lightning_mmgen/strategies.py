@@ -224,6 +224,15 @@ class ZeRO(OneFile, DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         yield  # the weights are cut once they are loaded
 
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """Lightning says when a step is due, at an epoch's end too; DeepSpeed would count by itself."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        yield  # gradients are cut as they come
+
     def _flat(self) -> tuple[Any, list[Tensor]]:
         """The optimizer below ZeRO's, whose groups are the table's, and the flat float32 tensors that it steps, of this process."""
         zero: Any = self.optimizers[0]
@@ -301,6 +310,7 @@ class Autocast(DeepSpeedPrecision):
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning has divided the loss by the batches that accumulate; DeepSpeed would do so again, which clipping would see."""
+        model.trainer.model.set_gradient_accumulation_boundary(not model.trainer.fit_loop.epoch_loop._should_accumulate())
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
     def convert_module(self, module: nn.Module) -> nn.Module:

@@ -15,10 +15,21 @@ ROOT = Path(__file__).parent.parent
 ENGINES = ("ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3")
 
 
-def fit(folder: Path, name: str, *more: str, engine: str | None = None, status: int | None = 0, kill_at: int | None = None) -> str:
+def fit(
+    folder: Path,
+    name: str,
+    *more: str,
+    engine: str | None = None,
+    status: int | None = 0,
+    kill_at: int | None = None,
+    term_at: int | None = None,
+) -> str:
     """``lightning fit`` of ``folder``'s YAML in two processes, or in one if no engine is given; its run is ``folder/runs/name``, and what
     rank r saw lies in ``name.r.jsonl``. Returns what it printed."""
-    recorder = {"class_path": "tests.recorder.RankRecorder", "init_args": {"out": str(folder / name), "kill_at": kill_at}}
+    recorder = {
+        "class_path": "tests.recorder.RankRecorder",
+        "init_args": {"out": str(folder / name), "kill_at": kill_at, "term_at": term_at},
+    }
     command = [sys.executable, "-m", "lightning_mmgen", "fit", "-c", str(folder / "engines.yaml")]
     if engine:
         command += ["-c", f"experiments/overlays/{engine}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
