@@ -11,6 +11,7 @@ from lightning_mmgen.data.questions import VQADataModule
 
 from .ema import evaluation
 from .held_out import HeldOutCallback
+from .rows import log_scores
 
 
 def exact_match(said: str, right: str) -> bool:
@@ -50,8 +51,7 @@ class AnswerEvaluation(HeldOutCallback):
         self.asked, self.after = len(right), sum(right) / len(right)
         if self.before is None:
             self.before = self.after
-        for logger in trainer.loggers:
-            logger.log_metrics({"held_out/accuracy": self.after}, trainer.global_step)
+        log_scores(trainer, {"held_out/accuracy": self.after})
 
     def table(self) -> str:
         if self.before is None or self.after is None:

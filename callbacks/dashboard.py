@@ -54,7 +54,7 @@ class Dashboard(Callback):
         self._fill(trainer, pl_module)
 
     def _fill(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        scores = final_scores(trainer)
+        scores = {f"final/{name.removeprefix('held_out/')}": value for name, value in final_scores(trainer).items()}  # not on their curves
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and scores:
                 logger.log_hyperparams(hyperparameters(trainer, pl_module), scores, trainer.global_step)

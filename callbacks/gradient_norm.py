@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
@@ -26,7 +25,6 @@ class GradientNorm(Callback):
         for state in getattr(getattr(pl_module, "table", None), "states", ()):
             if gradients := [p.grad for _, p in state.parameters if p.grad is not None]:
                 norm = get_total_norm(gradients)
-                norms[f"gradient_norm/{state.row.match}"] = norm.full_tensor() if isinstance(norm, DTensor) else norm
+                norms[f"gradient_norm/{state.row.match}"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if norms:
-            values = torch.stack([norm.float() for norm in norms.values()]).tolist()
-            log_values(trainer, dict(zip(norms, values, strict=True)), step)
+            log_values(trainer, norms, step)

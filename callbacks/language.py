@@ -11,6 +11,7 @@ from lightning_mmgen.answering import VisualInstructionTuning
 
 from .ema import evaluation
 from .held_out import HeldOutCallback
+from .rows import log_scores
 
 
 class LanguageEvaluation(HeldOutCallback):
@@ -42,8 +43,7 @@ class LanguageEvaluation(HeldOutCallback):
         self.after = sum(total for total, _ in scores) / sum(count for _, count in scores)
         if self.before is None:
             self.before = self.after
-        for logger in trainer.loggers:
-            logger.log_metrics({"held_out/language": self.after}, trainer.global_step)
+        log_scores(trainer, {"held_out/language": self.after})
 
     def _texts(self, trainer: Trainer) -> list[str]:
         if self.texts is not None:

@@ -34,6 +34,7 @@ from lightning_mmgen.toybox.render import draw
 
 BATCH = 16
 TARGETS = {"language": None, "alignment": "targets", "noise": "noise"}
+NONE = "--data.init_args.targets=null"
 Scores = dict[str, list[float]]
 
 # -- targets ---------------------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def measure(job: Job) -> Scores:
     """Train and measure; ``before`` is the VLM as it is."""
     recipe = str(EXPERIMENTS / "lavender.yaml")
     if job.name == "before":
-        module = lightning(["-c", recipe], run=False).model
+        module = lightning(["-c", recipe, NONE], run=False).model
         module.configure_model()
         module.eval()
     else:
@@ -81,7 +82,8 @@ def measure(job: Job) -> Scores:
             more.append(f"--data.init_args.targets={Path(job.runs) / folder}")
             callbacks.append({"class_path": "AttentionAlignment"})
         else:
-            rows = lightning(["-c", recipe], run=False).config.model.init_args.parameters
+            more.append(NONE)
+            rows = lightning(["-c", recipe, NONE], run=False).config.model.init_args.parameters
             more.append(f"{MODEL}.parameters={json.dumps([dict(vars(r)) for r in rows if r.match != 'aligner'])}")
         module = fit(job, ["lavender.yaml"], [*more, f"--trainer.callbacks={json.dumps(callbacks)}"])
     out: Scores = {}
