@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,8 @@ def measure(job: Job) -> Scores:
             callbacks.append({"class_path": "AttentionAlignment"})
         else:
             more.append(NONE)
-            rows = lightning(["-c", recipe, NONE], run=False).config.model.init_args.parameters
-            more.append(f"{MODEL}.parameters={json.dumps([dict(vars(r)) for r in rows if r.match != 'aligner'])}")
+            rows = lightning(["-c", recipe, NONE], run=False).model.table.rows
+            more.append(f"{MODEL}.parameters={json.dumps([asdict(r) for r in rows if r.match not in ('aligner', 'codec')])}")
         module = fit(job, ["lavender.yaml"], [*more, f"--trainer.callbacks={json.dumps(callbacks)}"])
     out: Scores = {}
     for name, held in (("seen", False), ("held-out", True)):
