@@ -11,6 +11,7 @@ from lightning_mmgen.data.datamodule import crop_square
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.metrics.clip import DirectionalSimilarity
 from lightning_mmgen.metrics.similarity import ImageSimilarity
+from lightning_mmgen.models.clip import Clip
 from lightning_mmgen.models.features import Features
 from lightning_mmgen.prompt import Picture, Record
 
@@ -51,10 +52,10 @@ class EditEvaluation(HeldOutCallback):
         if self.eyes:
             return
         with isolate_rng():
-            self.eyes["clip_i"] = ImageSimilarity(Features(self.clip))
+            clip = Clip(self.clip)
+            self.eyes["clip_i"], self.direction = ImageSimilarity(clip), DirectionalSimilarity(clip)
             if self.dino is not None:
                 self.eyes["dino"] = ImageSimilarity(Features(self.dino))
-            self.direction = DirectionalSimilarity(self.clip)
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows: list[dict[str, float]] = []
@@ -82,7 +83,7 @@ class EditEvaluation(HeldOutCallback):
         out["source_clip_i"] = self.eyes["clip_i"].score(drawn, source)
         if record.caption:
             clip = self.direction.to(device).clip
-            out["clip_t"] = (clip.embed_pictures(drawn) * clip.embed_texts([record.caption])).sum()
+            out["clip_t"] = (clip.embed(drawn) * clip.embed_texts([record.caption])).sum()
             if record.source_caption:
                 out["directional"] = self.direction.score(drawn, source, [record.caption], [record.source_caption])
         return {name: float(value) for name, value in out.items()}

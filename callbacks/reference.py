@@ -16,6 +16,7 @@ from lightning_mmgen.metrics.mean import PictureMean
 from lightning_mmgen.metrics.probes import CopyPaste, Hiding, Movement, hide, reword
 from lightning_mmgen.metrics.regions import Detected, RecordBoxes, Regions, region_masks
 from lightning_mmgen.metrics.similarity import FaceSimilarity, ReferenceSimilarity, SubjectSimilarity
+from lightning_mmgen.models.clip import Clip
 from lightning_mmgen.models.features import Features
 from lightning_mmgen.prompt import Record
 
@@ -97,14 +98,15 @@ class ReferenceEvaluation(HeldOutCallback):
                 from lightning_mmgen.build.detector import Detector
 
                 self.regions = Detected(Detector(detector))
-            eyes = {"clip_i": Features(clip)} | ({"dino": Features(dino)} if dino else {})
+            first = Clip(clip) if self.captions else Features(clip)
+            eyes = {"clip_i": first} | ({"dino": Features(dino)} if dino else {})
             for name, features in eyes.items():
                 self.metrics[name] = ReferenceSimilarity(features, self.regions)
                 self.metrics[f"{name}_real"] = SubjectSimilarity(features)
             if face is not None:
                 self.metrics["face"] = FaceSimilarity(face, self.regions if detector else None)
             self.metrics["copy_paste"] = CopyPaste(eyes.get("dino", eyes["clip_i"]))
-            self.captioned = CLIPSimilarity(clip) if self.captions else None
+            self.captioned = CLIPSimilarity(first) if isinstance(first, Clip) else None
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rows: list[dict[str, float]] = []

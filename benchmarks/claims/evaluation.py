@@ -29,7 +29,7 @@ from lightning_mmgen.metrics.clip import CLIPSimilarity
 from lightning_mmgen.metrics.probes import CopyPaste, Movement, hide, reword
 from lightning_mmgen.metrics.regions import RecordBoxes, region_masks
 from lightning_mmgen.metrics.similarity import ImageSimilarity, MultimodalPromptScore, ReferenceSimilarity
-from lightning_mmgen.models.features import Features
+from lightning_mmgen.models.clip import Clip
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.oracle import score
@@ -89,10 +89,10 @@ def measure(job: Job) -> Scores:
 
 def likeness(drawn: Tensor, records: list[Record]) -> Scores:
     """Every score of the pictures alone."""
-    eyes, targets = Features("toybox/clip"), torch.stack([pixels(r.target) for r in records])  # type: ignore[arg-type]
+    eyes, targets = Clip("toybox/clip"), torch.stack([pixels(r.target) for r in records])  # type: ignore[arg-type]
     objects = MultimodalPromptScore(eyes).each(drawn, records)
     scores = {
-        "clip_t": CLIPSimilarity("toybox/clip").score(drawn, [r.caption or "" for r in records]),
+        "clip_t": CLIPSimilarity(eyes).score(drawn, [r.caption or "" for r in records]),
         "clip_i": ReferenceSimilarity(eyes).score(drawn, records),
         "clip_i_whole": ReferenceSimilarity(eyes, nowhere).score(drawn, records),
         "prompt_score": torch.stack([each.nanmean() for each in objects]),

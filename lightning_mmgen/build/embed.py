@@ -205,7 +205,7 @@ class Embedder:
     def embed(self, images: Sequence[Image]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
         """Vectors [b, d] and domains [b], from 1."""
         stacked = torch.stack([pixels(fit(image, self.clip.side)) for image in images]).to(self.device)  # [b, 3, side, side]
-        vectors = self.clip.embed_pictures(stacked)
+        vectors = self.clip.embed(stacked)
         nearest = (vectors @ self.domains.T).argmax(-1) + 1
         return vectors.half().cpu().numpy(), nearest.to(torch.uint8).cpu().numpy()
 

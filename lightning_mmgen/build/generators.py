@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,8 +22,8 @@ from ..models.idefics2 import Idefics2Encoder
 from ..models.unet import UNetConfig, denoise
 from ..models.weights import locate
 from ..pipeline import MultimodalPipeline, Sampler
+from ..words import WORD
 
-WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 STABLE_DIFFUSION: dict[str, Any] = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,

@@ -154,7 +154,9 @@ def square_around(size: tuple[int, int], edges: Sequence[Edges]) -> tuple[int, i
     side = min(size)
 
     def begin(length: int, low: list[float], high: list[float]) -> int:
-        middle = (min(low) + max(high)) / 2 if low else length / 2
+        if not low:
+            return (length - side) // 2
+        middle = (min(low) + max(high)) / 2
         return round(min(max(middle - side / 2, 0), length - side))
 
     left = begin(size[0], [e[0] for e in edges], [e[2] for e in edges])

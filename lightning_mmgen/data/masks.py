@@ -12,7 +12,7 @@ from scipy.ndimage import distance_transform_edt, label
 from torch import Tensor
 
 from ..prompt import Box
-from .images import open_picture
+from .images import open_picture, square_around
 
 
 def difference_mask(source: Tensor, target: Tensor, threshold: float = 0.1, dilate: float = 2.0, min_area: int = 16) -> Tensor:
@@ -55,15 +55,14 @@ def regions(boxes: Sequence[Box], size: tuple[int, int], side: int, root: Path |
     Raises:
         RecordError: a mask cannot be read.
     """
-    edge = min(size)
-    left, top = (size[0] - edge) // 2, (size[1] - edge) // 2
+    left, top, right, bottom = square_around(size, ())
     maps: dict[str, Tensor] = {}
     for box in boxes:
         if box.mask is None:
-            x = _covered(box.left - left, box.right - left, edge, side)
-            own = _covered(box.top - top, box.bottom - top, edge, side)[:, None] * x
+            x = _covered(box.left - left, box.right - left, right - left, side)
+            own = _covered(box.top - top, box.bottom - top, bottom - top, side)[:, None] * x
         else:
-            mask = open_picture(box.mask, root).convert("L").resize(size).crop((left, top, left + edge, top + edge))
+            mask = open_picture(box.mask, root).convert("L").resize(size).crop((left, top, right, bottom))
             own = torch.from_numpy(np.asarray(mask.resize((side, side), Resampling.BOX), np.float32) / 255)
         if own.any():
             maps[box.phrase] = torch.maximum(own, maps.get(box.phrase, own))

@@ -104,7 +104,7 @@ def line_ends(path: Path) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where each line of a file ends, in bytes from its beginning."""
     ends, at = [], 0
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 17):
             ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + at + 1)
             at += len(block)
     if at and not (len(ends[-1]) and ends[-1][-1] == at):

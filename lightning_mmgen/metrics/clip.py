@@ -16,13 +16,13 @@ class CLIPMean(PictureMean):
     """Base of the scores by any CLIP of ``transformers``. Scores of different backbones are never compared.
 
     Args:
-        pretrained: hub name, folder, or ``toybox/clip``.
-        tokenizer: the same for the tokenizer; the CLIP's own by default.
+        pretrained: hub name, folder, ``toybox/clip``, or a CLIP that several scores share.
+        tokenizer: name or folder of another tokenizer than the CLIP's own.
     """
 
-    def __init__(self, pretrained: str = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
+    def __init__(self, pretrained: str | Clip = "openai/clip-vit-large-patch14", tokenizer: str | None = None) -> None:
         super().__init__()
-        self.clip = Clip(pretrained, tokenizer)
+        self.clip = Clip(pretrained, tokenizer) if isinstance(pretrained, str) else pretrained
 
 
 class CLIPSimilarity(CLIPMean):
@@ -30,7 +30,7 @@ class CLIPSimilarity(CLIPMean):
 
     def score(self, pictures: Tensor, captions: Sequence[str]) -> Tensor:
         """Cosine of each picture [b, 3, H, W] in [-1, 1] with its plain caption, [b]; nan where the caption is empty."""
-        cosines = (self.clip.embed_pictures(pictures) * self.clip.embed_texts(captions)).sum(-1)
+        cosines = (self.clip.embed(pictures) * self.clip.embed_texts(captions)).sum(-1)
         return cosines.where(torch.tensor([bool(c.strip()) for c in captions], device=cosines.device), torch.nan)
 
 
@@ -63,6 +63,6 @@ class DirectionalSimilarity(CLIPMean):
 
     def score(self, pictures: Tensor, sources: Tensor, captions: Sequence[str], source_captions: Sequence[str]) -> Tensor:
         """Of edited pictures and their sources, each [b, 3, H, W] in [-1, 1], and the captions of both, [b]."""
-        moved = self.clip.embed_pictures(pictures) - self.clip.embed_pictures(sources)
+        moved = self.clip.embed(pictures) - self.clip.embed(sources)
         told = self.clip.embed_texts(captions) - self.clip.embed_texts(source_captions)
         return cosine_similarity(moved, told, dim=-1)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import Tensor
 
-from ..data.images import Edges, open_picture
+from ..data.images import Edges, picture_size, square_around
 from ..prompt import Box, Record, Reference
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class RecordBoxes:
     def _of(self, record: Record, h: int, w: int) -> list[Edges | None]:
         if not record.boxes or record.target is None:
             return [None] * len(record.references)
-        chosen, size = self._pair(record), open_picture(record.target).size
+        chosen, size = self._pair(record), picture_size(record.target)
         return [None if box is None else in_square(box, size, h, w) for box in chosen]
 
     def _pair(self, record: Record) -> list[Box | None]:
@@ -70,8 +70,7 @@ def _take(boxes: list[Box], reference: Reference) -> Box | None:
 
 def in_square(box: Box, size: tuple[int, int], h: int, w: int) -> Edges | None:
     """A box of a picture of ``size`` (width, height) in pixels of its middle square, drawn at h x w; None where nothing of it is left."""
-    side = min(size)
-    x, y = ((length - side) / 2 for length in size)
+    side, (x, y, *_) = min(size), square_around(size, ())
     left, right = (min(max((edge - x) / side, 0), 1) * w for edge in (box.left, box.right))
     top, bottom = (min(max((edge - y) / side, 0), 1) * h for edge in (box.top, box.bottom))
     return (left, top, right, bottom) if right - left >= 1 and bottom - top >= 1 else None

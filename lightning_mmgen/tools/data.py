@@ -71,8 +71,10 @@ def picture_sizes(record: Record, root: Path | None) -> list[tuple[int, int]]:
     """Open every picture of a record; the sizes (width, height) in pixels of references, target and mask.
 
     Raises:
-        RecordError: a picture cannot be used, a mask has not the target's size, or a box leaves the target.
+        RecordError: a picture cannot be used, a question has none, a mask has not the target's size, or a box leaves the target.
     """
+    if record.question is not None and not record.references:
+        raise RecordError("the question has no picture")
     sizes = [_size(r.image, f"[ref#{r.marker}]", root) for r in record.references]
     if record.target is None:
         if record.mask is not None or record.boxes or record.controls:

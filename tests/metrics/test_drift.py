@@ -172,7 +172,7 @@ def test_the_direction_of_an_edit_equals_a_plain_recomputation(clip: Path) -> No
     pictures, sources, model = noise(3, 16, 16), noise(3, 16, 16), Clip(str(clip))
     each = []
     for i in range(3):
-        images = [model.embed_pictures(p[i : i + 1])[0].numpy() for p in (pictures, sources)]
+        images = [model.embed(p[i : i + 1])[0].numpy() for p in (pictures, sources)]
         texts = [model.embed_texts([t[i]])[0].numpy() for t in (CAPTIONS, SOURCE_CAPTIONS)]
         moved, told = images[0] - images[1], texts[0] - texts[1]
         each.append(moved @ told / np.sqrt((moved @ moved) * (told @ told)))

@@ -46,6 +46,7 @@ def test_check_names_every_bad_row_and_goes_on(file: Path, capsys: pytest.Captur
     PILImage.new("1", (9000, 9000)).save(file.parent / "bomb.png")
     (file.parent / "text.png").write_text("text")
     whole = {"instruction": "draw [ref#1]", "references": [{"marker": 1, "image": "small.png"}], "target": "small.png"}
+    question = {"question": "what?", "answer": "a cat"}
     rows: dict[int, tuple[dict[str, Any] | str, str]] = {
         1: ("{", "not JSON"),
         2: (json.dumps({**whole, "instruction": "draw"}), "reference 1 has no marker [ref#1] in the instruction"),
@@ -56,8 +57,9 @@ def test_check_names_every_bad_row_and_goes_on(file: Path, capsys: pytest.Captur
         7: (json.dumps({**whole, "mask": "pictures/mask.png"}), "the mask has 64 x 64 pixels, the target 32 x 32"),
         8: (json.dumps({**whole, "boxes": [["cat", 0, 0, 33, 5]]}), "the box of 'cat' leaves the target of 32 x 32 pixels"),
         9: (json.dumps({**whole, "boxes": [["cat", -1, 0, 3, 5]]}), "the box of 'cat' leaves the target of 32 x 32 pixels"),
+        10: (json.dumps(question), "the question has no picture"),
         12: (
-            json.dumps({"question": "what?", "answer": "a cat", "mask": "small.png"}),
+            json.dumps({**question, "question": "what is [ref#1]?", "references": whole["references"], "mask": "small.png"}),
             "a mask, a box or a control picture needs a target",
         ),
     }
@@ -68,7 +70,7 @@ def test_check_names_every_bad_row_and_goes_on(file: Path, capsys: pytest.Captur
     assert len(bad) == len(rows)
     for line, (row, (_, reason)) in zip(bad, rows.items(), strict=True):
         assert line.startswith(f"{file}:{row}: {reason}")
-    assert summary.startswith(f"{file}: 12 rows, 2 good, 10 bad; tasks: ")
+    assert summary.startswith(f"{file}: 12 rows, 1 good, 11 bad; tasks: ")
 
 
 def test_check_finds_gaps_in_the_turns_of_a_session(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
