@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -22,10 +22,17 @@ from lightning_mmgen.answering import VisualInstructionTuning
 from lightning_mmgen.batch import QuestionBatch, pack
 from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.cli import main
+from lightning_mmgen.data.crops import CropDataModule
+from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.losses import ExponentialSchedule, min_max
+from lightning_mmgen.models.adapter import AdapterConfig
 from lightning_mmgen.models.aligner import AlignerConfig
+from lightning_mmgen.models.codec import CodecConfig
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.models.parameters import Row
+from lightning_mmgen.models.unet import UNetConfig
+from lightning_mmgen.module import MultimodalDiffusion
 from lightning_mmgen.prompt import split
 from lightning_mmgen.tools.generate import load_module
 
@@ -186,9 +193,12 @@ def test_a_table_without_the_aligner_and_targets_of_two_sizes_are_errors(vlm: Pa
 # -- the generator ---------------------------------------------------------------------------------------------------------------
 
 
-def generator_run(experiment: Path, out: Path, term: dict[str, Any], task: str, *more: str) -> Any:
-    config = json.dumps({"class_path": "AttentionAlignment", "init_args": {"aligner": {"variant": "light", "width": 8}, **term}})
-    source = json.dumps({"class_path": "ToyboxSource", "init_args": {"tasks": {task: 1.0}, "length": 8}})
+@pytest.fixture(scope="module")
+def drawn(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of the command line on captions, and its folder."""
+    out, term = tmp_path_factory.mktemp("drawn"), {"aligner": {"variant": "light", "width": 8}, "every": 2}
+    added = [{"class_path": "AttentionAlignment", "init_args": term}, {"class_path": "EMA", "init_args": {"decay": 0.5}}]
+    source = json.dumps({"class_path": "ToyboxSource", "init_args": {"tasks": {"caption": 1.0}, "length": 8}})
     rows = [
         {"match": "encoder", "train": "frozen"},
         {"match": "adapter", "train": "full", "lr": 1e-2},
@@ -199,29 +209,48 @@ def generator_run(experiment: Path, out: Path, term: dict[str, Any], task: str, 
         "fit",
         "-c",
         str(experiment),
-        f"--trainer.callbacks+={config}",
+        *(f"--trainer.callbacks+={json.dumps(callback)}" for callback in added),
         f"--data.init_args.train={source}",
         "--data.init_args.regions=8",
     ]
     args += [f"--model.init_args.parameters={json.dumps(rows)}", "--model.init_args.condition_dropout.both=0"]
-    return main([*args, f"--trainer.logger.init_args.save_dir={out}", *more])
-
-
-@pytest.fixture(scope="module")
-def drawn(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    out = tmp_path_factory.mktemp("drawn")
-    ema = json.dumps({"class_path": "EMA", "init_args": {"decay": 0.5}})
-    return generator_run(experiment, out, {"every": 2}, "caption", f"--trainer.callbacks+={ema}"), out
+    return main([*args, f"--trainer.logger.init_args.save_dir={out}"]), out
 
 
 def alignment_of(cli: Any) -> AttentionAlignment:
     return next(c for c in cli.trainer.callbacks if isinstance(c, AttentionAlignment))
 
 
-def a_step(cli: Any) -> Any:
-    batch, _ = next(iter(cli.datamodule.train_dataloader()))
-    cli.model.eval()
-    return cli.model.denoising_step(batch)
+def a_step(fitted: Any) -> Any:
+    batch, _ = next(iter(fitted.datamodule.train_dataloader()))
+    fitted.model.eval()
+    return fitted.model.denoising_step(batch)
+
+
+class Fitted(NamedTuple):
+    """A generator after a step."""
+
+    model: MultimodalDiffusion
+    datamodule: MultimodalDataModule
+    term: AttentionAlignment
+
+
+def generator_of(parts: Path, data: MultimodalDataModule, **term: Any) -> Fitted:
+    module = MultimodalDiffusion(
+        Idefics2Encoder(str(parts / "vlm"), image_tokens=16),
+        AdapterConfig(layers=1, heads=2, width=8),
+        UNetConfig(str(parts / "unet"), None),
+        CodecConfig(str(parts / "vae"), None),
+        (
+            *(Row(part, "frozen") for part in ("encoder", "adapter", "codec")),
+            Row("unet", "lora", lr=1e-2, rank=2),
+            Row("aligner", "full", lr=1e-2),
+        ),
+    )
+    alignment = AttentionAlignment(aligner=SMALL, **term)
+    quiet: Any = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    L.Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", callbacks=[alignment], **quiet).fit(module, data)
+    return Fitted(module, data, alignment)
 
 
 def test_a_phrases_map_in_the_unet_is_compared_with_its_box(drawn: Any) -> None:
@@ -256,27 +285,27 @@ def test_a_checkpoint_with_an_aligner_generates_without_one(drawn: Any) -> None:
     assert all(torch.equal(p, mean[n]) for n, p in module.trainable().items())
 
 
-def test_the_picture_tokens_of_a_reference_look_at_its_box_too(experiment: Path, tmp_path: Path) -> None:
-    crops = "--data.class_path=CropDataModule"
-    cli = generator_run(experiment, tmp_path, {"pictures": True, "layers": [0]}, "crops", crops, "--data.init_args.control_share=0")
-    step = a_step(cli)
-    words = alignment_of(cli).align(step).words
+def test_the_picture_tokens_of_a_reference_look_at_its_box_too(parts: Path) -> None:
+    data = CropDataModule(ToyboxSource({"crops": 1.0}, length=8), control_share=0, target_size=16, batch_size=2, regions=8)
+    fitted = generator_of(parts, data, pictures=True, layers=[0])
+    step = a_step(fitted)
+    words = fitted.term.align(step).words
     for shown in [w for w in words if w.name.endswith("(picture)")]:
         span = step.condition.spans[shown.sample][step.batch.phrases[shown.sample].index(shown.name.removesuffix(" (picture)"))]
         assert shown.tokens == tuple(range(span.start, span.end)) and len(shown.tokens) == 16
     assert {w.name.endswith("(picture)") for w in words} == {True, False}
 
 
-def test_the_unet_learns_to_look_where_the_vlm_looks(experiment: Path, tmp_path: Path) -> None:
-    cli = generator_run(experiment, tmp_path, {"target": "vlm", "vlm_layers": [1]}, "subject")
-    term, step = alignment_of(cli), a_step(cli)
+def test_the_unet_learns_to_look_where_the_vlm_looks(parts: Path) -> None:
+    data = MultimodalDataModule(ToyboxSource({"subject": 1.0}, length=8), target_size=16, batch_size=2)
+    fitted = generator_of(parts, data, target="vlm", vlm_layers=[1])
+    term, step = fitted.term, a_step(fitted)
     records = dict(term.told)
     aligned = term.align(step)
     assert list(records) == ["layers.1.self_attn"] and aligned.targets.shape[1:] == (4, 4)
-    word = aligned.words[0]
+    word, target = next((w, t) for w, t in zip(aligned.words, aligned.targets, strict=True) if len(w.tokens) == 1)
     slot = next(s for _, s in split(step.batch.instructions[word.sample], step.batch.markers[word.sample]) if s is not None)
     span = step.condition.spans[word.sample][slot]
     rows = records["layers.1.self_attn"].rows(torch.tensor([word.sample]), torch.tensor([word.tokens[0]]))
-    if len(word.tokens) == 1:
-        torch.testing.assert_close(aligned.targets[0], min_max(rows[0].mean(0)[span.start : span.end].view(4, 4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target, min_max(rows[0].mean(0)[span.start : span.end].view(4, 4)), rtol=1e-4, atol=1e-5)
     assert not aligned.targets.requires_grad and aligned.targets.amax() > 0.99

@@ -5,57 +5,77 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from lightning_mmgen.callbacks import ReferenceEvaluation, held_out, sample
+from lightning import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning_mmgen.callbacks import ReferenceEvaluation, held_out, latest_scores, sample
 from lightning_mmgen.callbacks.held_out import gathered
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_mmgen.data.datamodule import MultimodalDataModule
 from lightning_mmgen.metrics import CopyPaste, ReferenceSimilarity
 from lightning_mmgen.metrics.probes import hide
 from lightning_mmgen.pipeline import MultimodalPipeline
 
 from ..conftest import DROPOUT_ROWS
-from .test_evaluation import fit, scalars
+from .test_evaluation import fit
 
 
-def reference(clip: Path, **more: Any) -> dict[str, Any]:
-    return {"class_path": "ReferenceEvaluation", "init_args": {"every": 1, "count": 3, "clip": str(clip), "probes": 2, **more}}
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evaluation" / "reference.jsonl").read_text().splitlines()]
 
 
-def rows(run: str) -> list[dict[str, Any]]:
-    text = (Path("runs") / run / "version_0" / "evaluation" / "reference.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+class Looked(NamedTuple):
+    """A run of two steps with an evaluation at each; its folder, and the losses with and without."""
+
+    cli: Any
+    run: Path
+    losses: list[str]
+    plain: list[str]
 
 
-def value(run: str, tag: str) -> float:
-    events = EventAccumulator(str(Path("runs") / run / "version_0"))
+@pytest.fixture(scope="module")
+def looked(experiment: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Looked:
+    folder = tmp_path_factory.mktemp("looked")
+    given = {"every": 1, "count": 3, "clip": str(clip), "captions": True, "probes": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("MMGEN_ALLOW", "tests")
+        _, plain = fit(experiment, "plain", [], DROPOUT_ROWS, "--trainer.max_steps=2")
+        callback = {"class_path": "ReferenceEvaluation", "init_args": given}
+        cli, losses = fit(experiment, "looked", [callback], DROPOUT_ROWS, "--trainer.max_steps=2")
+    return Looked(cli, folder / "runs" / "looked" / "version_0", losses, plain)
+
+
+def look(looked: Looked, out: Path, data: MultimodalDataModule | None = None, **given: Any) -> dict[str, float]:
+    """What an evaluation without probes says of the model, before a step of another run in ``out``."""
+    trainer = Trainer(accelerator="cpu", logger=CSVLogger(str(out), "", ""), enable_checkpointing=False, enable_progress_bar=False)
+    trainer.datamodule = data or looked.cli.datamodule  # type: ignore[attr-defined]
+    callback = ReferenceEvaluation(count=3, probes=0, **given)
+    callback.setup(trainer, looked.cli.model, "fit")
+    callback.on_train_start(trainer, looked.cli.model)
+    return latest_scores(trainer)
+
+
+def test_likeness_and_probes_leave_no_trace_and_are_what_they_say(looked: Looked, clip: Path) -> None:
+    cli, run = looked.cli, looked.run
+    assert looked.losses == looked.plain and len(looked.plain) == 2
+    events = EventAccumulator(str(run))
     events.Reload()
-    return float(events.Scalars(f"held_out/{tag}")[-1].value)
-
-
-def test_likeness_and_probes_leave_no_trace_and_are_what_they_say(
-    experiment: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    _, plain = fit(experiment, "plain", [], DROPOUT_ROWS)
-    cli, looked = fit(experiment, "looked", [reference(clip, captions=True)], DROPOUT_ROWS)
-    assert looked == plain and len(plain) == 3
     for name in ("clip_i", "clip_t", "copy_paste", "ignored_inside", "ignored_outside", "reworded", "scored", "bad_pictures"):
-        assert scalars("looked", f"held_out/{name}") == [0, 1, 2, 3], name
+        assert [e.step for e in events.Scalars(f"held_out/{name}")] == [0, 1, 2], name
 
     records, pictures = held_out(cli.trainer, cli.model, 3)
-    last = [row for row in rows("looked") if row["step"] == 3]
-    assert [row["id"] for row in last] == [r.id for r in records] and all(
-        Path("runs/looked/version_0", r["picture"]).is_file() for r in last
-    )
+    last = [row for row in rows(run) if row["step"] == 2]
+    assert [row["id"] for row in last] == [r.id for r in records] and all((run / r["picture"]).is_file() for r in last)
     for name, metric in {"clip_i": ReferenceSimilarity(str(clip)), "copy_paste": CopyPaste(str(clip))}.items():
         expected = metric.score(pictures, records).tolist()
         assert [row["scores"][name] for row in last] == pytest.approx(expected, abs=1e-5)
-        assert value("looked", name) == pytest.approx(np.mean(expected), abs=1e-5)
+        assert events.Scalars(f"held_out/{name}")[-1].value == pytest.approx(np.mean(expected), abs=1e-5)
     assert [sorted(k for k in row["scores"] if k.startswith(("ignored", "reworded"))) for row in last] == [
         ["ignored", "ignored_inside", "ignored_outside", "reworded"],
         ["ignored", "ignored_inside", "ignored_outside", "reworded"],
@@ -73,10 +93,9 @@ def test_likeness_and_probes_leave_no_trace_and_are_what_they_say(
     assert "each reference, CLIP-I" in callback.table() and "after" in callback.table() and "one word changed" in callback.table()
 
 
-def test_a_budget_ends_an_evaluation_after_a_batch(experiment: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    fit(experiment, "run", [reference(clip, budget=0.0, batch_size=1, probes=0, every=0)], DROPOUT_ROWS, "--trainer.max_steps=1")
-    assert value("run", "scored") == 1 and len(rows("run")) == 2  # before and after
+def test_a_budget_ends_an_evaluation_after_a_batch(looked: Looked, clip: Path, tmp_path: Path) -> None:
+    scores = look(looked, tmp_path, clip=str(clip), budget=0.0, batch_size=1)
+    assert scores["held_out/scored"] == 1 and len(rows(tmp_path)) == 1
 
 
 def test_what_ranks_drew_comes_back_in_the_order_of_the_records() -> None:
@@ -89,9 +108,8 @@ def test_what_ranks_drew_comes_back_in_the_order_of_the_records() -> None:
 
 
 def test_a_picture_that_is_not_finite_is_a_row_and_a_count(
-    experiment: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    looked: Looked, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     whole = MultimodalPipeline.draw
 
     def broken(self: MultimodalPipeline, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -100,23 +118,22 @@ def test_a_picture_that_is_not_finite_is_a_row_and_a_count(
         return pictures
 
     monkeypatch.setattr(MultimodalPipeline, "draw", broken)
-    fit(experiment, "run", [reference(clip, every=0, probes=0)], DROPOUT_ROWS, "--trainer.max_steps=1")
-    assert value("run", "bad_pictures") == 1 and value("run", "scored") == 2 and np.isfinite(value("run", "clip_i"))
-    assert [bool(row["scores"]) for row in rows("run")] == [False, True, True] * 2 and rows("run")[0]["picture"] is None
+    scores = look(looked, tmp_path, clip=str(clip))
+    assert scores["held_out/bad_pictures"] == 1 and scores["held_out/scored"] == 2 and np.isfinite(scores["held_out/clip_i"])
+    assert [bool(row["scores"]) for row in rows(tmp_path)] == [False, True, True] and rows(tmp_path)[0]["picture"] is None
 
 
 @pytest.mark.parametrize("wrong", ["model", "empty", "unreadable"])
-def test_what_is_wrong_is_told_in_one_line_before_a_step(
-    wrong: str, experiment: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    args, message, more = [], "./nowhere: no such folder", {"dino": "./nowhere"} if wrong == "model" else {}
-    if wrong == "empty":
-        args, message = ["--data.init_args.held_out=null"], "ReferenceEvaluation: there are no held-out records"
-    if wrong == "unreadable":
-        (tmp_path / "a.png").write_bytes(b"nothing")
-        Path("held.jsonl").write_text(json.dumps({"instruction": "a cat", "target": "a.png"}) + "\n")
-        args, message = ["--data.init_args.held_out=held.jsonl"], "held-out row 1: a.png: not a picture"
+def test_what_is_wrong_is_told_in_one_line_before_a_step(wrong: str, looked: Looked, clip: Path, tmp_path: Path) -> None:
+    message = {
+        "model": "./nowhere: no such folder",
+        "empty": "ReferenceEvaluation: there are no held-out records",
+        "unreadable": "held-out row 1: a.png: not a picture",
+    }[wrong]
+    (tmp_path / "a.png").write_bytes(b"nothing")
+    (tmp_path / "held.jsonl").write_text(json.dumps({"instruction": "a cat", "target": "a.png"}) + "\n")
+    data = MultimodalDataModule("toybox", None if wrong == "empty" else str(tmp_path / "held.jsonl"), target_size=16, reference_size=16)
+    data.setup("fit")
     with pytest.raises((OSError, ValueError), match=message) as caught:
-        fit(experiment, "run", [reference(clip, **more)], DROPOUT_ROWS, *args)
+        look(looked, tmp_path, data, clip=str(clip), dino="./nowhere" if wrong == "model" else None)
     assert "\n" not in str(caught.value)

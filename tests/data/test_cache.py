@@ -106,28 +106,36 @@ def filled(config: Path) -> Path:
     return out
 
 
-def losses(config: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
+def fitted(config: Path, folder: Path, *more: str) -> tuple[Any, list[dict[str, Any]]]:
+    """A run, and its losses to the last bit."""
     recorder = {"class_path": "tests.recorder.LossRecorder", "init_args": {"out": str(folder / "losses.jsonl")}}
     options = [f"--trainer.callbacks+={json.dumps(recorder)}", "--trainer.logger=false", f"--trainer.default_root_dir={folder}", *more]
-    lightning(["fit", "-c", str(config), *options])
-    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+    cli = lightning(["fit", "-c", str(config), *options])
+    return cli, [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def plain(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[dict[str, Any]]]:
+    """The run without a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMGEN_ALLOW", "tests")
+        return fitted(config, tmp_path_factory.mktemp("plain"))
 
 
 def test_the_loss_is_bit_equal_with_and_without_the_cache(
     config: Path,
     filled: Path,
+    plain: tuple[Any, list[dict[str, Any]]],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    for name in ("without", "with"):
-        (tmp_path / name).mkdir()
-    without = losses(config, tmp_path / "without")
+    _, without = plain
     encoded: list[Tensor] = []
     monkeypatch.setattr(Codec, "moments", lambda self, pixels: encoded.append(pixels))
     monkeypatch.setattr("lightning_mmgen.models.idefics2.Idefics2Encoder.see", lambda self, pixels: encoded.append(pixels))
-    assert losses(config, tmp_path / "with", f"--data.init_args.cache={filled}") == without and len(without) == 2
+    _, cached = fitted(config, tmp_path, f"--data.init_args.cache={filled}")
+    assert cached == without and len(without) == 2
     assert not encoded and not [w for w in recwarn if "in the cache" in str(w.message)]
 
 
@@ -167,9 +175,8 @@ def test_a_miss_is_encoded_anew_and_said(filled: Path, config: Path, tmp_path: P
         hidden.rename(missing)
 
 
-def test_a_cache_of_other_weights_or_none_is_refused(config: Path, filled: Path, tmp_path: Path) -> None:
-    cli = lightning(["-c", str(config)], run=False)
-    cli.model.configure_model()
+def test_a_cache_of_other_weights_or_none_is_refused(plain: tuple[Any, list[dict[str, Any]]], filled: Path, tmp_path: Path) -> None:
+    cli, _ = plain
     assert all(open_caches(filled, cli.model, "32-true"))
     shutil.copytree(filled, tmp_path / "copy")
     assert open_caches(tmp_path / "copy", cli.model, "32-true").moments is not None, "a cache may move"

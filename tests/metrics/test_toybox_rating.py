@@ -30,7 +30,7 @@ ASKED = Truth(SCENE, sizes=True, style=True)
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     rng = np.random.default_rng(3)
-    return [random_scene(rng) for _ in range(40)]
+    return [random_scene(rng) for _ in range(20)]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_pictures_that_went_through_the_vae_are_mostly_clean(rendered: Pictures)
 
 def test_pq_falls_with_blur_and_with_noise(rendered: Pictures) -> None:
     rng = np.random.default_rng(0)
-    few = rendered[:12]
+    few = rendered[:6]
     blurred = [quality([ndimage.gaussian_filter(p, (s, s, 0)) for p in few]).mean() for s in (0.01, 1, 6)]
     noisy = [quality([np.clip(p + rng.normal(0, s, p.shape), 0, 255).astype(np.uint8) for p in few]).mean() for s in (0, 16, 64)]
     for clean, slight, heavy in (blurred, noisy):
