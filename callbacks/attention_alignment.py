@@ -81,7 +81,7 @@ class AttentionAlignment(LossTerm):
         aggregation: over heads and layers, see :func:`~lightning_mmgen.losses.alignment.aggregate`.
         aligner: its size.
         match: ``exact`` words, or their ``root``.
-        pos: parts of speech of the words that count (``NOUN``, ``ADJ``, ...); needs a ``pipeline``.
+        pos: parts of speech of the words that count (``NOUN``, ``ADJ``, ...), by a ``pipeline``; without, all but function words.
         pipeline: of spaCy, for roots and parts of speech; without one a rule cuts endings.
         target: ``data``; or, in a generator, ``vlm``: each word of the instruction, over the first picture of the prompt, which must show
             what the target shows where it does (an edit's source).

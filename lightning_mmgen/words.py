@@ -11,6 +11,10 @@ from .build.words import IRREGULAR
 
 WORD = re.compile(r"\w+(?:['\u2019-]\w+)*")
 SINGULAR = {plural: word for word, plural in IRREGULAR.items()}
+LITTLE = """a an the this that these those of at on in to into by for from with without and or but not no as is are was were be been it its
+he she they his her their there which what who where how do does did has have had will can some any each"""
+FUNCTION_WORDS = frozenset(LITTLE.split())
+"""Words that show nothing: where a diffusion model looks for them says nothing either."""
 
 
 class Word(NamedTuple):
@@ -47,7 +51,7 @@ class WordMatcher:
 
     Args:
         match: ``exact``, or ``root``: the lemmas are equal.
-        pos: parts of speech that count (``NOUN``, ``ADJ``, ...); all if none are given.
+        pos: parts of speech that count (``NOUN``, ``ADJ``, ...); all if none are given, and then function words match no name.
         pipeline: a spaCy pipeline, by name or folder, for lemmas and parts of speech. Without one a rule cuts endings.
 
     Raises:
@@ -88,9 +92,9 @@ class WordMatcher:
         return self._root(name, self.read(name).get(0))
 
     def matched(self, words: Iterable[Word], names: Iterable[str]) -> dict[str, list[Word]]:
-        """The words of each name that has some, in the order of the names."""
+        """The words of each name that has some, in the order of the names; without parts of speech to go by, no function words."""
         by_root: dict[str, list[Word]] = {}
-        for word in words:
+        for word in (w for w in words if self.pos is not None or w.text not in FUNCTION_WORDS):
             by_root.setdefault(word.root, []).append(word)
         found = ((name, by_root.get(self.root(name), [])) for name in names)
         return {name: of for name, of in found if of}

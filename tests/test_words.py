@@ -44,6 +44,12 @@ def test_names_match_exactly_or_by_their_root(tokenizer: Any) -> None:
     }
 
 
+def test_function_words_match_no_name_unless_parts_of_speech_are_asked_for(tokenizer: Any) -> None:
+    ids = tokenizer("at the bottom of a tree", add_special_tokens=False).input_ids
+    matcher = WordMatcher()
+    assert list(matcher.matched(matcher.words(ids, tokenizer), ["at", "the", "bottom", "of", "a", "tree"])) == ["bottom", "tree"]
+
+
 def test_a_phrase_is_found_wherever_its_words_follow_each_other(tokenizer: Any) -> None:
     ids = tokenizer("a red circle left of a small red circle", add_special_tokens=False).input_ids
     matcher = WordMatcher("exact")
