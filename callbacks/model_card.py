@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+
+from lightning_mmgen.folder import run_folder
 
 from .dashboard import final_scores
 from .loggers import log_text
@@ -16,12 +16,12 @@ class ModelCard(Callback):
     scores."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = trainer.log_dir  # asks all ranks
-        if not trainer.is_global_zero or run is None:
+        folder = run_folder(trainer)
+        if not trainer.is_global_zero or folder is None:
             return
         text = card(trainer, pl_module)
-        Path(run).mkdir(parents=True, exist_ok=True)
-        (Path(run) / "card.md").write_text(text)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "card.md").write_text(text)
         log_text(trainer, "model card", text)
 
 

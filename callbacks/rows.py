@@ -14,6 +14,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from lightning_mmgen.data.images import open_picture
+from lightning_mmgen.folder import run_folder
 from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.prompt import Record
 
@@ -54,10 +55,10 @@ def write_rows(trainer: Trainer, name: str, looked: HeldOut, scores: Sequence[Ma
     Returns:
         The file; None on other ranks, and where the run has no folder.
     """
-    run = trainer.log_dir  # asks all ranks
+    run = run_folder(trainer)
     if not trainer.is_global_zero or run is None:
         return None
-    folder = Path(run) / FOLDER
+    folder = run / FOLDER
     _save_pictures(trainer, folder, looked, first)
     rows = [
         {**_row(trainer, folder, i, record), "scores": {k: float(v) for k, v in score.items() if math.isfinite(v)}}

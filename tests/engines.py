@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,30 +18,92 @@ ROOT = Path(__file__).parent.parent
 ENGINES = ("ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3")
 
 
-def fit(
-    folder: Path,
-    name: str,
-    *more: str,
-    engine: str | None = None,
-    status: int | None = 0,
-    kill_at: int | None = None,
-    term_at: int | None = None,
-) -> str:
-    """``lightning fit`` of ``folder``'s YAML in two processes, or in one if no engine is given; its run is ``folder/runs/name``, and what
-    rank r saw lies in ``name.r.jsonl``. Returns what it printed."""
-    recorder = {
-        "class_path": "tests.recorder.RankRecorder",
-        "init_args": {"out": str(folder / name), "kill_at": kill_at, "term_at": term_at},
-    }
-    command = [sys.executable, "-m", "lightning_mmgen", "fit", "-c", str(folder / "engines.yaml")]
-    if engine:
-        command += ["-c", f"experiments/overlays/{engine}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
-    command += [f"--trainer.callbacks+={json.dumps(recorder)}", f"--trainer.logger.init_args.save_dir={folder / 'runs'}"]
-    command += [f"--trainer.logger.init_args.name={name}", *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "MMGEN_ALLOW": "tests"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=env)
-    assert status is None or done.returncode == status, done.stderr[-3000:]
-    return done.stdout + done.stderr
+class Run(NamedTuple):
+    """A run of ``folder``'s YAML: in one process if no engine is given, else in two. It is ``folder/runs/name``, and what rank r saw lies
+    in ``name.r.jsonl``."""
+
+    name: str
+    engine: str | None = None
+    more: tuple[str, ...] = ()
+    status: int = 0
+    kill_at: int | None = None
+    term_at: int | None = None
+
+    def command(self, folder: Path) -> list[str]:
+        """Arguments of ``lightning``."""
+        own = {"out": str(folder / self.name), "kill_at": self.kill_at, "term_at": self.term_at}
+        recorder = {"class_path": "tests.recorder.RankRecorder", "init_args": own}
+        args = ["fit", "-c", str(folder / "engines.yaml")]
+        if self.engine:
+            args += ["-c", f"experiments/overlays/{self.engine}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+        args += [f"--trainer.callbacks+={json.dumps(recorder)}", f"--trainer.logger.init_args.save_dir={folder / 'runs'}"]
+        return [*args, f"--trainer.logger.init_args.name={self.name}", *self.more]
+
+
+def fit(folder: Path, *runs: Run) -> None:
+    """``lightning fit`` of these runs, one after the other, in one subprocess that imports once and forks."""
+    command = [sys.executable, "-m", "tests.engines", str(folder), json.dumps(runs)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MMGEN_ALLOW": "tests", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=env)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def main() -> None:
+    """What :func:`fit` starts."""
+    import deepspeed  # noqa: F401
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    from lightning_mmgen import cli
+
+    folder = Path(sys.argv[1])
+    for run in (Run(*row) for row in json.loads(sys.argv[2])):
+        sys.argv = ["lightning", *run.command(folder)]
+        os.environ["MMGEN_PORT"] = str(find_free_network_port())
+        world = 2 if run.engine else 1
+        began = os.times()
+        if world == 1:  # the others begin with what it has imported
+            statuses = [cli.command()]
+        else:
+            statuses = _together([_fork(cli.command, rank, folder / f"{run.name}.{rank}.log") for rank in range(world)])
+        ended = os.times()
+        print(f"{run.name}: {ended.elapsed - began.elapsed:.1f} s, {ended[2] + ended[3] - began[2] - began[3]:.1f} s of CPU", flush=True)
+        if statuses != [run.status] * world:
+            log = (folder / f"{run.name}.0.log").read_text() if world > 1 else ""
+            sys.exit(f"{run.name}: {statuses}, not {run.status}\n{log[-3000:]}")
+
+
+def _fork(work: Callable[[], int], rank: int, log: Path) -> int:
+    """A process of a group, as torchrun would start it; its output goes to ``log``."""
+    if pid := os.fork():
+        return pid
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ["MMGEN_PORT"]}
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    status = 1
+    try:
+        status = work()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _together(pids: list[int]) -> list[int]:
+    """The statuses of processes that live and die together."""
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(pids):
+        pid, status = os.wait()
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        if statuses[pid]:
+            for other in set(pids) - statuses.keys():
+                if statuses[pid] != 143:  # else they stop by themselves
+                    os.kill(other, signal.SIGKILL)
+    return [statuses[pid] for pid in pids]
 
 
 def seen(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:
@@ -72,7 +137,7 @@ model:
     adapter: {{layers: 2, heads: 2, width: 8}}
     unet: {{pretrained: {parts}/unet, subfolder: null}}
     codec: {{pretrained: {parts}/vae, subfolder: null}}
-    sampler: {{steps: 2, guidance_scale: 2.0}}
+    sampler: {{steps: 1}}
     schedule: {{warmup: 2, decay: cosine}}
     parameters:
       - {{match: encoder.vision, train: frozen}}
@@ -84,7 +149,7 @@ data:
   class_path: EditDataModule
   init_args:
     train: {{class_path: ToyboxSource, init_args: {{tasks: {{edit turn: 1.0}}, length: 20}}}}
-    held_out: {{class_path: ToyboxSource, init_args: {{tasks: {{subject: 1.0}}, length: 4, held_out: true}}}}
+    held_out: {{class_path: ToyboxSource, init_args: {{tasks: {{subject: 1.0}}, length: 2, held_out: true}}}}
     target_size: 16
     batch_size: 2
 trainer:
@@ -100,10 +165,14 @@ trainer:
   callbacks:
     - {{class_path: EMA, init_args: {{decay: 0.9}}}}
     - {{class_path: ConsistencyPenalty, init_args: {{spatial: 1.0, temporal: 0.5}}}}
-    - {{class_path: PictureGrid, init_args: {{count: 2, every: 2}}}}
-    - {{class_path: CLIPScoreEvaluation, init_args: {{count: 4, every: 2, model: {clip}}}}}
+    - {{class_path: PictureGrid, init_args: {{count: 2}}}}
+    - {{class_path: CLIPScoreEvaluation, init_args: {{count: 2, model: {clip}}}}}
+    - {{class_path: ReferenceEvaluation, init_args: {{count: 2, clip: {clip}, probes: 1, hiding: swap}}}}
     - class_path: ModelCheckpoint
       init_args: {{every_n_train_steps: 2, save_last: true, save_top_k: -1, enable_version_counter: false, filename: "{{step}}"}}
 """
 """Four learning rates, LoRA beside a full adapter, clipping, accumulation, a term of the loss that asks the averaged weights, an average,
 and all that looks at pictures."""
+
+if __name__ == "__main__":
+    main()

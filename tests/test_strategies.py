@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,26 @@ from lightning_mmgen.strategies import FSDP2, ZeRO
 from lightning_mmgen.tools.generate import load_module
 
 from . import engines
-from .engines import checkpoint, fit, largest_difference, losses, seen
+from .engines import Run, checkpoint, fit, largest_difference, losses, seen
+
+SIX, FOUR = "--trainer.max_steps=6", "--data.init_args.batch_size=4"
 
 
 @pytest.fixture(scope="module")
 def folder(parts: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process over two epochs of 5 batches of 4, and FSDP2 in two over the same, 2 each, which is killed in batch 9 and goes on."""
+    """One process over two epochs of 5 batches of 4. FSDP2 in two processes over the same, 2 each, is killed in batch 9 and goes on; from
+    batch 8 on ZeRO-3 does the same until its second process gets SIGTERM, and one process does the last batch."""
     folder = tmp_path_factory.mktemp("engines")
     (folder / "engines.yaml").write_text(engines.YAML.format(parts=parts, clip=clip))
-    fit(folder, "one", "--data.init_args.batch_size=4", "--trainer.max_steps=6")
-    fit(folder, "fsdp", "--trainer.max_steps=6", engine="fsdp", kill_at=9, status=None)
-    fit(folder, "fsdp", "--trainer.max_steps=6", "--ckpt_path=last", engine="fsdp")
+    start = f"--ckpt_path={folder}/runs/{{}}/version_0/checkpoints/{{}}.ckpt".format
+    fit(
+        folder,
+        Run("one", more=(SIX, FOUR)),
+        Run("fsdp", "fsdp", (SIX,), status=-9, kill_at=9),
+        Run("fsdp", "fsdp", (SIX, "--ckpt_path=last")),
+        Run("zero3", "deepspeed_zero3", (SIX, start("fsdp", "step=4")), status=143, term_at=8),
+        Run("back", more=(SIX, FOUR, start("zero3", "last"))),
+    )
     return folder
 
 
@@ -72,12 +82,20 @@ def test_averages_and_pictures_are_those_of_one_process(folder: Path) -> None:
     assert largest_difference(*({n: p.detach() for n, p in m.named_parameters()} for m in modules)) < 1e-4
 
 
+def test_two_processes_share_the_drawing_and_score_as_one(folder: Path) -> None:
+    one, two = (
+        [json.loads(line) for line in (folder / f"runs/{name}/version_0/evaluation/reference.jsonl").read_text().splitlines()]
+        for name in ("one", "fsdp")
+    )
+    assert [(row["step"], row["id"]) for row in one] == [(row["step"], row["id"]) for row in two] and len(one) == 4
+    for a, b in zip(one, two, strict=True):
+        assert a["scores"] == pytest.approx(b["scores"], abs=1e-4)
+    assert {"clip_i", "copy_paste", "ignored"} <= one[0]["scores"].keys() and one[0]["scores"]["ignored"] > 1e-4
+
+
 def test_another_engine_goes_on_and_stops_when_one_rank_is_told_to(folder: Path) -> None:
     """FSDP2 in two processes, from batch 8 on ZeRO-3 in two, whose second gets SIGTERM, and the last batch in one process."""
-    start, stop = f"--ckpt_path={folder}/runs/fsdp/version_0/checkpoints/step=4.ckpt", "--trainer.max_steps=6"
-    fit(folder, "zero3", stop, start, engine="deepspeed_zero3", term_at=8, status=None)
     assert checkpoint(folder, "zero3")["global_step"] == 5
-    fit(folder, "back", stop, f"--ckpt_path={folder}/runs/zero3/version_0/checkpoints/last.ckpt", "--data.init_args.batch_size=4")
     found = losses(folder, "zero3", 2) + losses(folder, "back")
     assert found == pytest.approx(losses(folder, "one")[7:], abs=1e-4)
     assert largest_difference(checkpoint(folder, "back")["state_dict"], checkpoint(folder, "one")["state_dict"]) < 1e-4
