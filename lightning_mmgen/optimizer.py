@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
 from transformers.optimization import Adafactor
 
+from .shards import local, part_of, whole_of
+
 
 def make_optimizer(groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999), fused: bool = False) -> Optimizer:
     """torch's own AdamW where no group asks for another (it is what DeepSpeed knows), else all as one.
@@ -70,7 +72,9 @@ class TableOptimizer(Optimizer):
 
 class StackedMuon(Muon):
     """torch's Muon with the matrices of one shape, on one device, orthogonalised together: LoRA has hundreds of small ones. Settings and
-    state are torch's; the rate is scaled by ``match_rms_adamw``, with Nesterov momentum."""
+    state are torch's; the rate is scaled by ``match_rms_adamw``, with Nesterov momentum. Where processes hold parts of a matrix (FSDP2),
+    each gathers the whole of its momentum, orthogonalises it, and takes its own part.
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -86,11 +90,13 @@ class StackedMuon(Muon):
 
     def _step(self, group: dict[str, Any], shape: torch.Size, matrices: list[Tensor], grads: list[Tensor], buffers: list[Tensor]) -> None:
         momentum, lr = group["momentum"], group["lr"]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        ahead = torch.stack(torch._foreach_lerp(grads, buffers, momentum))
-        update = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-lr * 0.2 * max(shape) ** 0.5)
+        held, own, kept = ([local(t) for t in tensors] for tensors in (matrices, grads, buffers))
+        torch._foreach_lerp_(kept, own, 1 - momentum)
+        ahead = torch.stack([whole_of(m, t) for m, t in zip(matrices, torch._foreach_lerp(own, kept, momentum), strict=True)])
+        update = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(matrices[0].dtype)
+        torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
+        parts = [local(part_of(m, u)) for m, u in zip(matrices, update, strict=True)]
+        torch._foreach_add_(held, parts, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
 def orthogonal(stack: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

@@ -53,3 +53,16 @@ def part_of(parameter: Any, value: Tensor) -> Tensor:
     world, flat = dist.get_world_size(), value.to(parameter.ds_tensor.device).flatten()
     padded = pad(flat, (0, world * parameter.ds_tensor.numel() - flat.numel()))
     return padded.chunk(world)[dist.get_rank()].clone()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, in its memory; of one that is not cut by FSDP2, itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor  # type: ignore[no-any-return]
+
+
+def whole_of(parameter: Tensor, held: Tensor) -> Tensor:
+    """The whole of what :func:`local` parts of a parameter's shape make up; every process calls it."""
+    if not isinstance(parameter, DTensor):
+        return held
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(held, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()).full_tensor()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
 from .checkpoint import AtomicCheckpointIO, trained_weights
@@ -174,6 +175,8 @@ class TunedModule(L.LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         """One group a trained row, and the schedule in optimizer steps."""
         fused = "mixed" not in str(self.trainer.precision)  # Lightning does not clip the gradients of a fused optimizer under autocast
+        if self.engine and (others := self.table.unknown(self.engine.optimizers_known)):
+            rank_zero_only(print)(f"{type(self.engine).__name__} trains by AdamW, at their own rates: {', '.join(others)}")
         optimizer = make_optimizer(self.groups(), self.betas, fused)
         steps = self.trainer.max_steps
         if self.schedule.decay in ("cosine", "linear") and steps < 1:

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_mmgen.models.parameters import ParameterTable, Row
 from lightning_mmgen.optimizer import StackedMuon, make_optimizer
@@ -203,3 +207,29 @@ def test_stacked_steps_are_those_of_torchs_own_muon() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
     states = [o.state_dict()["state"] for o in optimizers]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+
+
+def test_muon_steps_a_matrix_that_is_cut_as_it_steps_the_whole(tmp_path: Path) -> None:
+    """In a group of one process; two are in ``benchmarks/engines.py``."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        whole = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+        cut = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+        optimizers = StackedMuon(whole, lr=0.1, weight_decay=0.1), StackedMuon(cut, lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            for p, q in zip(whole, cut, strict=True):
+                p.grad = torch.randn_like(p)
+                q.grad = distribute_tensor(p.grad, mesh, [Shard(0)])
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q in zip(whole, cut, strict=True):
+            assert isinstance(q, DTensor) and torch.equal(q.full_tensor(), p)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_rows_whose_optimizer_a_strategy_lacks_are_named() -> None:
+    table = ParameterTable([Row("a", "full", lr=1.0, optimizer="muon"), Row("b", "full", lr=1.0), Row("c", "frozen", optimizer="muon")])
+    table.apply(nn.ModuleDict({name: nn.Linear(2, 2) for name in "abc"}), [])
+    assert table.unknown(("adamw",)) == ["a (muon)"] and table.unknown(("adamw", "muon")) == []

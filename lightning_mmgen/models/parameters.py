@@ -236,6 +236,10 @@ class ParameterTable:
                 groups.append({"name": name, "params": rest, "optimizer": "adamw", **rates})
         return groups
 
+    def unknown(self, known: Sequence[str]) -> list[str]:
+        """Trained rows that ask for an optimizer that cannot run, with its name."""
+        return [f"{s.row.match} ({s.row.optimizer})" for s in self.states if s.parameters and s.row.optimizer not in known]
+
     def table(self) -> list[tuple[str, ...]]:
         """Module, training, learning rate, trainable and all parameters, as text, a header first (MUMU, Table 1); and the device, where a
         row has one of its own."""
