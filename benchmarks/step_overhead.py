@@ -77,10 +77,10 @@ class Alternate(Callback):
         self.mark = time.perf_counter()
 
 
-def compare(name: str, ours: list[float], other: str, theirs: list[float]) -> None:
+def compare(name: str, ours: list[float], other: str, theirs: list[float], of: str = "step") -> None:
     """Print the medians of two series of seconds, and the median and quartiles of their pairwise ratios."""
     ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    print(f"{name} {statistics.median(ours) * 1e3:.1f} ms, {other} {statistics.median(theirs) * 1e3:.1f} ms a step, {len(ratios)} pairs")
+    print(f"{name} {statistics.median(ours) * 1e3:.1f} ms, {other} {statistics.median(theirs) * 1e3:.1f} ms a {of}, {len(ratios)} pairs")
     print(f"ratio: median {statistics.median(ratios):.3f}, quartiles {ratios[len(ratios) // 4]:.3f} to {ratios[3 * len(ratios) // 4]:.3f}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -9,6 +10,8 @@ from lightning_mmgen.metrics.clip import CLIPSimilarity
 
 from .held_out import HeldOutCallback, held_out
 from .rows import log_scores, write_rows
+
+BATCH = 32  # pictures that are scored at once
 
 
 class CLIPScoreEvaluation(HeldOutCallback):
@@ -36,11 +39,10 @@ class CLIPScoreEvaluation(HeldOutCallback):
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.metric is not None
         records, pictures = looked = held_out(trainer, pl_module, self.count, seconds=self.budget)
-        if not any(r.caption for r in records):
+        if not any((r.caption or "").strip() for r in records):
             raise ValueError("CLIPScoreEvaluation: no held-out record has a caption")
-        self.metric.to(pl_module.device).reset()
-        scores: list[dict[str, float] | None] = []
-        for record, picture in zip(records, pictures, strict=True):
-            scores.append({"clip_t": float(self.metric(picture[None].to(pl_module.device), [record.caption]))} if record.caption else None)
-        write_rows(trainer, "clip_score", looked, scores)
-        log_scores(trainer, {"held_out/clip_t": float(self.metric.compute())})
+        metric, captions = self.metric.to(pl_module.device), [(r.caption or "").strip() for r in records]
+        parts = [slice(at, at + BATCH) for at in range(0, len(records), BATCH)]
+        scores = torch.cat([metric.score(pictures[part].to(pl_module.device), captions[part]) for part in parts]).cpu()
+        write_rows(trainer, "clip_score", looked, [{"clip_t": float(s)} if c else None for s, c in zip(scores, captions, strict=True)])
+        log_scores(trainer, {"held_out/clip_t": float(scores[[bool(c) for c in captions]].mean())})

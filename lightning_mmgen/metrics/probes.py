@@ -157,16 +157,17 @@ class CopyPaste(PictureMean):
         target = crop_square(pixels(record.target), side).to(picture.device)
         drawn = picture if picture.shape == target.shape else crop_square(picture, side)
         references = torch.stack([pixels(image, side).to(picture.device) for image in shown])
-        own, others = (self._nearest(references, p) for p in (drawn, target))
+        own, others = self._nearest(references, torch.stack([drawn, target]))
         return (own - others).mean()
 
-    def _nearest(self, references: Tensor, picture: Tensor) -> Tensor:
-        """Mean over the patches of each reference [r, 3, s, s] of the similarity with the nearest patch of the picture [3, s, s], [r]."""
+    def _nearest(self, references: Tensor, pictures: Tensor) -> Tensor:
+        """Mean over the patches of each reference [r, 3, s, s] of the similarity with the nearest patch of each picture [p, 3, s, s],
+        [p, r]."""
+        r, every = len(references), torch.cat([references, pictures])
         if self.features is not None:
-            few, many = self.features.patches(references), self.features.patches(picture[None])
-            return (few @ many.mT).amax(-1).mean(-1)
-        small = interpolate(torch.cat([references, picture[None]]).float(), (64, 64), mode="bilinear", antialias=True)
-        size = 64 // self.SIDES
-        few = unfold(small[:-1], size, stride=size).mT  # [r, n, 3 s s]
-        many = unfold(small[-1:], size, stride=size // 2).mT.expand(len(few), -1, -1)
+            patches = self.features.patches(every)  # [r + p, n, d]
+            return (patches[:r] @ patches[r:, None].mT).amax(-1).mean(-1)
+        small, size = interpolate(every.float(), (64, 64), mode="bilinear", antialias=True), 64 // self.SIDES
+        few = unfold(small[:r], size, stride=size).mT  # [r, n, 3 s s]
+        many = unfold(small[r:], size, stride=size // 2).mT[:, None]  # [p, 1, m, 3 s s]
         return (1 - torch.cdist(few, many, p=1).amin(-1) / (2 * few.shape[-1])).mean(-1)
