@@ -49,7 +49,7 @@ class LanguageEvaluation(HeldOutCallback):
         if self.texts is not None:
             found = [line.strip() for line in Path(self.texts).read_text(encoding="utf-8").splitlines()]
         else:
-            source = getattr(trainer.datamodule, "held_out", None) or []  # type: ignore[attr-defined]
+            source: Any = getattr(trainer.datamodule, "held_out", None) or []  # type: ignore[attr-defined]
             found = [source.record(i).caption or "" for i in range(min(self.count, len(source)))]
         if not (found := [text for text in found if text]):
             raise ValueError(f"LanguageEvaluation: no captions in {self.texts or 'data.held_out'}; give texts, a file of one a line")
