@@ -6,10 +6,12 @@ import json
 import os
 import signal
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning_mmgen.callbacks.throughput import peak_memory
 
 
 class LossRecorder(Callback):
@@ -42,6 +44,10 @@ class RankRecorder(Callback):
 
     def __init__(self, out: str, kill_at: int | None = None, term_at: int | None = None) -> None:
         self.out, self.kill_at, self.term_at = Path(out), kill_at, term_at
+        self.built = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.built = peak_memory(pl_module.device)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         seen = trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -49,6 +55,9 @@ class RankRecorder(Callback):
             "batch": seen,
             "loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
             "ids": batch.ids,
+            "time": perf_counter(),
+            "built": self.built,
+            "peak": peak_memory(pl_module.device),
             "lr": {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups},
         }
         with self.out.with_name(f"{self.out.name}.{trainer.global_rank}.jsonl").open("a") as file:
