@@ -64,6 +64,10 @@ INSTRUCT_IMAGEN = {
 LAVENDER = {"lavender_llama32": "llama-3.2-11b-vision", "lavender_qwen": "qwen2.5-vl-7b"}
 """Models that learn to answer, and their committed configurations."""
 EDITS = {name: (f"{name}.yaml",) for name in ("edit_alignment", "edit_instruction", "edit_magicbrush")}
+ENGINES = {
+    name: (f"experiments/overlays/{name}.yaml", kind)
+    for name, kind in (("ddp", "DDPStrategy"), ("fsdp", "FSDP2"), ("deepspeed_zero2", "ZeRO"), ("deepspeed_zero3", "ZeRO"))
+}
 ONE = "tests/configs/one.jsonl"
 
 
@@ -331,8 +335,20 @@ def test_a_gpu_recipe_without_a_gpu_fails_in_one_line(
     assert error.startswith("error: ") and "gpu" in error.lower()
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("recipe", ["instruct", "edit_instruction"])
+def test_an_engine_goes_with_a_recipe(recipe: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    files = [f"experiments/{recipe}.yaml", "experiments/overlays/toybox.yaml", "experiments/overlays/toybox_edits.yaml", ENGINES[engine][0]]
+    args = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--model.init_args.start=null"]
+    trainer = main([*(x for f in files if recipe != "instruct" or "toybox" not in f for x in ("-c", f)), *args], run=False).trainer
+    assert type(trainer.strategy).__name__ == ENGINES[engine][1] and trainer.world_size == 2
+    if engine.startswith("deepspeed"):
+        assert trainer.strategy.config["zero_optimization"]["stage"] == int(engine[-1])
+
+
 def test_overlays_are_all_tested() -> None:
     forms = [*(form.files for form in TRUE_SIZE.values()), *INSTRUCT_IMAGEN.values()]
     used = {Path(f).stem for files in forms for f in files if f.startswith("overlays/")}
     found, own = {p.stem for p in OVERLAYS}, {f"toybox_{r.stem}" for r in RECIPES}
-    assert found == used | {"toybox", "toybox_references", "toybox_edits", "toybox_questions"} | own & found
+    assert found == used | {"toybox", "toybox_references", "toybox_edits", "toybox_questions", *ENGINES} | own & found
