@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from .files import whole_file
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """One file a checkpoint. Whatever happens while it is written, the file of that name is the old one or the new one, whole."""
@@ -17,16 +19,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
         """Raises: OSError: the disk is full, say; the checkpoint of before is untouched."""
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".{target.name}.{checkpoint.get('global_step', 0)}.staging")
         try:
-            with staging.open("wb") as file:
+            with whole_file(target, str(checkpoint.get("global_step", 0))) as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staging, target)
         except BaseException as error:
-            staging.unlink(missing_ok=True)
             cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind a RuntimeError
             if isinstance(cause, OSError):
                 raise OSError(cause.errno, cause.strerror, str(path)) from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import uuid
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import whole_file
 from ..prompt import RecordError
 from .images import picture_size
 from .sources import Source
@@ -93,11 +92,8 @@ def _read(path: Path, key: str) -> Rows | None:
 
 
 def _write(path: Path, key: str, rows: Rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with staging.open("wb") as file:
+    with whole_file(path) as file:
         np.savez(file, key=np.array(key), **rows._asdict())
-    os.replace(staging, path)
 
 
 def bucketed(rows: Rows, batch: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:

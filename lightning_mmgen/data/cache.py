@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
+
+from ..files import whole_file
 
 VERSION = 1
 KINDS = ("moments", "vision")
@@ -50,17 +50,8 @@ class Cache:
 
     def write(self, pixels: Tensor, value: Tensor) -> None:
         """Keep what the network makes of a picture; whatever happens meanwhile, the entry is whole or not there."""
-        target = self.path(pixels)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".{uuid.uuid4().hex}.staging")
-        try:
-            with staging.open("wb") as file:
-                file.write(save({"value": value.detach().cpu().contiguous()}))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(staging, target)
-        finally:
-            staging.unlink(missing_ok=True)
+        with whole_file(self.path(pixels)) as file:
+            file.write(save({"value": value.detach().cpu().contiguous()}))
 
 
 class Caches(NamedTuple):

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import tarfile
-import uuid
 import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ..files import whole_file
 from ..prompt import Picture, Record, RecordError, from_json
 from .images import encode_png
 from .sources import RowError, Source
@@ -187,11 +187,9 @@ class ShardIndex:
 
     @staticmethod
     def _write(path: Path, stamp: tuple[int, ...], edges: np.ndarray[Any, np.dtype[np.uint32]], cut: bool) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staging = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
-            staging.write_bytes(np.array([*stamp, cut], np.int64).tobytes() + edges.tobytes())
-            os.replace(staging, path)
+            with whole_file(path) as file:
+                file.write(np.array([*stamp, cut], np.int64).tobytes() + edges.tobytes())
         except OSError as error:
             raise OSError(
                 f"{path}: the index of the shard cannot be written ({error.strerror}); name another folder, index: DIR"
