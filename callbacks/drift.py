@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lightning import LightningModule, Trainer
 
-from lightning_mmgen.data.datamodule import MultimodalDataModule, Recipe
+from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.recipe import Recipe
 from lightning_mmgen.metrics.drift import MaskedMSE, MaskedPSNR, MaskedSSIM
 
 from .held_out import HeldOutCallback, held_out

@@ -7,8 +7,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_mmgen.data.datamodule import crop_square
-from lightning_mmgen.data.images import pixels
+from lightning_mmgen.data.images import crop_square, pixels
 from lightning_mmgen.metrics.clip import DirectionalSimilarity
 from lightning_mmgen.metrics.similarity import ImageSimilarity
 from lightning_mmgen.models.clip import Clip

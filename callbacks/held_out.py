@@ -13,7 +13,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_mmgen.data.datamodule import MultimodalDataModule, sample_seed
+from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.recipe import sample_seed
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_mmgen.cli import main
-from lightning_mmgen.data.datamodule import sample_seed
+from lightning_mmgen.data.recipe import sample_seed
 from lightning_mmgen.diffusion import Diffusion
 from lightning_mmgen.module import SampleNoise
 

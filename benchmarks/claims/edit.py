@@ -20,8 +20,8 @@ from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, work
 from lightning_mmgen.callbacks import sample
 
 from lightning_mmgen.cli import main as lightning
-from lightning_mmgen.data.datamodule import sample_seed
 from lightning_mmgen.data.images import pixels
+from lightning_mmgen.data.recipe import sample_seed
 from lightning_mmgen.metrics.drift import MaskedMSE
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record

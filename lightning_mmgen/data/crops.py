@@ -15,8 +15,9 @@ from PIL.Image import Image
 from ..models.encoder import Encoder
 from ..prompt import CONTROLS, Box, Record, RecordError, Reference
 from .controls import makers
-from .datamodule import MultimodalDataModule, Recipe
+from .datamodule import MultimodalDataModule
 from .images import open_picture, square_around
+from .recipe import Recipe
 from .sources import Source
 from .streams import Stream
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError, Reference
-from .datamodule import MultimodalDataModule, Recipe, Sample, crop
-from .images import other_aspect, pixels
+from .datamodule import MultimodalDataModule
+from .images import crop, other_aspect, pixels
 from .masks import difference_mask
+from .recipe import Recipe, Sample
 from .sources import Source
 from .streams import Stream
 

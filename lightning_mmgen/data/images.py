@@ -162,3 +162,28 @@ def square_around(size: tuple[int, int], edges: Sequence[Edges]) -> tuple[int, i
     left = begin(size[0], [e[0] for e in edges], [e[2] for e in edges])
     top = begin(size[1], [e[1] for e in edges], [e[3] for e in edges])
     return left, top, left + side, top + side
+
+
+def crop(picture: Tensor, size: Sequence[int]) -> Tensor:
+    """The centre of a picture [3, h, w], as large as its aspect allows, as [3, *size], resized with antialiasing."""
+    (_, h, w), (height, width) = picture.shape, size
+    inner_h, inner_w = (h, round(h * width / height)) if h * width <= w * height else (round(w * height / width), w)
+    inner_h, inner_w = max(inner_h, 1), max(inner_w, 1)
+    top, left = (h - inner_h) // 2, (w - inner_w) // 2
+    centre = picture[:, top : top + inner_h, left : left + inner_w]
+    if (inner_h, inner_w) == (height, width):
+        return centre.contiguous()
+    return torch.nn.functional.interpolate(centre[None], (height, width), mode="bicubic", antialias=True)[0].clamp(-1, 1)
+
+
+def crop_square(picture: Tensor, side: int) -> Tensor:
+    """The centre of a picture [3, h, w] as [3, side, side], resized with antialiasing."""
+    return crop(picture, (side, side))
+
+
+def sdxl_sizes(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, ...]:
+    """What SDXL is told of a centre crop (Podell et al. 2023, section 2.2): the picture's size, where the crop begins once the picture is
+    resized to cover the target, and the target's size; each height first."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    top, left = ((round(o * scale) - s) // 2 for o, s in zip(original, size, strict=True))
+    return (*original, max(top, 0), max(left, 0), *size)

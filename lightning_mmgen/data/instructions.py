@@ -17,9 +17,10 @@ from PIL.Image import Image
 from ..models.encoder import Encoder
 from ..prompt import CONTROLS, Record, RecordError, Reference
 from .controls import Control, makers
-from .datamodule import MultimodalDataModule, Recipe
+from .datamodule import MultimodalDataModule
 from .images import open_picture, square_around
 from .mixture import Mixture, check_ratios
+from .recipe import Recipe
 from .sources import Source, ToyboxSource, open_source
 
 

@@ -14,8 +14,10 @@ from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
 from .attention import AttentionTargets
 from .cache import Caches
-from .datamodule import BadRow, MultimodalDataModule, Position, Recipe, RecordDataset
+from .datamodule import MultimodalDataModule
 from .images import pixels
+from .order import Position, RecordDataset
+from .recipe import BadRow, Recipe
 from .sources import Source
 
 

@@ -11,8 +11,9 @@ import numpy as np
 
 from ..models.encoder import Encoder
 from ..prompt import MARKER, Record, RecordError, Reference
-from .datamodule import MultimodalDataModule, Recipe
+from .datamodule import MultimodalDataModule
 from .images import locate_file
+from .recipe import Recipe
 from .sources import Source
 from .streams import Stream
 

@@ -16,8 +16,9 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..prompt import PromptRecord, Record, RecordError, Reference
-from .datamodule import BadRow, MultimodalDataModule, Sample
+from .datamodule import MultimodalDataModule
 from .images import FORMATS, open_picture
+from .recipe import BadRow, Sample
 from .sources import DatasetSource, RowError, Source, file_digest
 
 LIVE = ("cat", "dog")

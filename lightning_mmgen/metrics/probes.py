@@ -18,8 +18,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, unfold
 
-from ..data.datamodule import crop_square
-from ..data.images import open_picture, pixels
+from ..data.images import crop_square, open_picture, pixels
 from ..models.features import Features, as_features
 from ..prompt import Record
 from .mean import PictureMean

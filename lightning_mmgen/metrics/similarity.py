@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..data.datamodule import crop_square
-from ..data.images import Edges, pixels
+from ..data.images import Edges, crop_square, pixels
 from ..models.features import Features, as_features
 from ..prompt import Picture, Record
 from .mean import PictureMean

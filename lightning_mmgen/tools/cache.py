@@ -15,7 +15,9 @@ from tqdm import tqdm
 from ..batch import pack
 from ..build.journal import Shard
 from ..data.cache import Cache, folder_of
-from ..data.datamodule import MultimodalDataModule, Position, RecordDataset, Sample
+from ..data.datamodule import MultimodalDataModule
+from ..data.order import Position, RecordDataset
+from ..data.recipe import Sample
 from ..data.streams import Stream
 
 

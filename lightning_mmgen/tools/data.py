@@ -14,8 +14,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..data.crops import CropRecipe
-from ..data.datamodule import Recipe, sample_seed
 from ..data.images import open_picture, pixels
+from ..data.recipe import Recipe, sample_seed
 from ..data.sources import RowError, Source, open_source
 from ..models.encoder import Encoder
 from ..models.idefics2 import Idefics2Encoder

@@ -12,8 +12,9 @@ from PIL import Image as PILImage
 from lightning_mmgen.batch import Batch, Condition
 from lightning_mmgen.data.buckets import Buckets, Rows, bucketed, measure
 from lightning_mmgen.data.crops import CropDataModule
-from lightning_mmgen.data.datamodule import BucketSampler, MultimodalDataModule, crop, sdxl_sizes
-from lightning_mmgen.data.images import open_picture, picture_size
+from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.images import crop, open_picture, picture_size, sdxl_sizes
+from lightning_mmgen.data.order import BucketSampler
 from lightning_mmgen.data.shards import WebDatasetStream, write_shards
 from lightning_mmgen.data.sources import JSONLSource, write_jsonl
 from lightning_mmgen.models.unet import denoise

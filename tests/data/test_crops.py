@@ -15,7 +15,8 @@ from transformers import DPTConfig, DPTForDepthEstimation, DPTImageProcessor
 from lightning_mmgen.cli import main
 from lightning_mmgen.data.controls import Depth, Edge, makers
 from lightning_mmgen.data.crops import CropDataModule, Cropping, CropRecipe, Repeated, augment, place_of
-from lightning_mmgen.data.datamodule import BadRow, Position, RecordDataset
+from lightning_mmgen.data.order import Position, RecordDataset
+from lightning_mmgen.data.recipe import BadRow
 from lightning_mmgen.data.sources import JSONLSource, Source, ToyboxSource, write_jsonl
 from lightning_mmgen.prompt import Box, Record, RecordError
 

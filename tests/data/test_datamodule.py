@@ -12,18 +12,10 @@ from PIL import Image as PILImage
 from torch import Tensor
 
 from lightning_mmgen.batch import Batch, pack
-from lightning_mmgen.data.datamodule import (
-    BadRow,
-    MultimodalDataModule,
-    OrderedSampler,
-    Position,
-    Recipe,
-    RecordDataset,
-    Sample,
-    collate,
-    crop_square,
-    sample_seed,
-)
+from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.images import crop_square
+from lightning_mmgen.data.order import OrderedSampler, Position, RecordDataset
+from lightning_mmgen.data.recipe import BadRow, Recipe, Sample, collate, sample_seed
 from lightning_mmgen.data.sources import JSONLSource, ToyboxSource, write_jsonl
 from lightning_mmgen.prompt import Record, RecordError, Reference
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from lightning_mmgen.batch import Batch
-from lightning_mmgen.data.datamodule import BadRow, Position, RecordDataset, Sample, collate
 from lightning_mmgen.data.edits import EditDataModule, EditRecipe
+from lightning_mmgen.data.order import Position, RecordDataset
+from lightning_mmgen.data.recipe import BadRow, Sample, collate
 from lightning_mmgen.data.sources import JSONLSource, Source, ToyboxSource, write_jsonl
 from lightning_mmgen.diffusion import ConditionDropout, drop_condition
 from lightning_mmgen.prompt import Record, Reference

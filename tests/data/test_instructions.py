@@ -14,7 +14,6 @@ from PIL.Image import Image
 
 from lightning_mmgen import cli
 from lightning_mmgen.data.controls import Edge
-from lightning_mmgen.data.datamodule import BadRow, Position, RecordDataset, Sample
 from lightning_mmgen.data.instructions import (
     DATA_SETS,
     SHOWN,
@@ -26,6 +25,8 @@ from lightning_mmgen.data.instructions import (
     read_templates,
 )
 from lightning_mmgen.data.mixture import Mixture
+from lightning_mmgen.data.order import Position, RecordDataset
+from lightning_mmgen.data.recipe import BadRow, Sample
 from lightning_mmgen.data.sources import JSONLSource, ToyboxSource, write_jsonl
 from lightning_mmgen.prompt import MARKER, Box, Record, RecordError, Reference
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from lightning_mmgen.data.datamodule import BadRow, MultimodalDataModule, Position, Recipe, RecordDataset, Sample
+from lightning_mmgen.data.datamodule import MultimodalDataModule
 from lightning_mmgen.data.mixture import Mixture, apportion, shuffled
+from lightning_mmgen.data.order import Position, RecordDataset
+from lightning_mmgen.data.recipe import BadRow, Recipe, Sample
 from lightning_mmgen.data.sources import JSONLSource, Source, ToyboxSource, write_jsonl
 from lightning_mmgen.prompt import Record
 

@@ -10,8 +10,9 @@ import torch
 from PIL import Image as PILImage
 
 from lightning_mmgen.data.attention import Word, WordMaps, content_hash, write_index, write_shard
-from lightning_mmgen.data.datamodule import BadRow, Position, RecordDataset
+from lightning_mmgen.data.order import Position, RecordDataset
 from lightning_mmgen.data.questions import QuestionRecipe, VQADataModule
+from lightning_mmgen.data.recipe import BadRow
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
 from lightning_mmgen.prompt import RecordError

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from lightning_mmgen.data.datamodule import BadRow, Position, RecordDataset, Sample, collate
+from lightning_mmgen.data.order import Position, RecordDataset
+from lightning_mmgen.data.recipe import BadRow, Sample, collate
 from lightning_mmgen.data.retrieval import RetrievalDataModule, RetrievalRecipe
 from lightning_mmgen.data.sources import JSONLSource, ToyboxSource, write_jsonl
 from lightning_mmgen.diffusion import ConditionDropout, drop_condition

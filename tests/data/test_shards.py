@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 from lightning_mmgen.batch import Batch
-from lightning_mmgen.data.datamodule import BadRow, MultimodalDataModule, Position, Recipe, RecordDataset, StreamDataset
+from lightning_mmgen.data.datamodule import MultimodalDataModule
 from lightning_mmgen.data.images import encode_png, open_picture
+from lightning_mmgen.data.order import Position, RecordDataset, StreamDataset
+from lightning_mmgen.data.recipe import BadRow, Recipe
 from lightning_mmgen.data.shards import ShardIndex, WebDatasetSource, WebDatasetStream, expand, write_shards
 from lightning_mmgen.data.sources import RowError, ToyboxSource, line_ends, open_source
 from lightning_mmgen.data.streams import DatasetStream, Lane, Stream
