@@ -30,6 +30,7 @@ from lightning_mmgen.models.adapter import AdapterConfig
 from lightning_mmgen.models.aligner import AlignerConfig
 from lightning_mmgen.models.codec import CodecConfig
 from lightning_mmgen.models.idefics2 import Idefics2Encoder
+from lightning_mmgen.models.mllama import MllamaEncoder
 from lightning_mmgen.models.parameters import Row
 from lightning_mmgen.models.unet import UNetConfig
 from lightning_mmgen.module import MultimodalDiffusion
@@ -75,8 +76,13 @@ def fit(
     vlm: Path, batches: list[QuestionBatch], out: Path | None = None, rows: tuple[Row, ...] = ROWS, steps: int = 1, **given: Any
 ) -> tuple[VisualInstructionTuning, AttentionAlignment, L.Trainer]:
     torch.manual_seed(0)
+    return fitted(VisualInstructionTuning(Idefics2Encoder(str(vlm), image_tokens=16), rows), batches, out, steps, **given)
+
+
+def fitted(
+    module: VisualInstructionTuning, batches: list[QuestionBatch], out: Path | None = None, steps: int = 1, **given: Any
+) -> tuple[VisualInstructionTuning, AttentionAlignment, L.Trainer]:
     term = AttentionAlignment(**{"aligner": SMALL, **given})
-    module = VisualInstructionTuning(Idefics2Encoder(str(vlm), image_tokens=16), rows)
     trainer = L.Trainer(
         max_steps=steps,
         accelerator="cpu",
@@ -141,6 +147,23 @@ def test_gradients_reach_the_aligner_and_the_queries_and_keys(vlm: Path) -> None
     }
     assert any("layers.1.self_attn.q_proj.lora_B" in n for n in touched) and any("layers.1.self_attn.k_proj.lora_A" in n for n in touched)
     assert not any("layers.1.self_attn.v_proj" in n for n in touched)
+
+
+def test_a_vlm_with_cross_attention_is_aligned_where_it_reads_pictures(mllama: Path) -> None:
+    torch.manual_seed(0)
+    encoder = MllamaEncoder(str(mllama), image_tokens=16)
+    side = encoder.reference_size
+    targets = [{"red": min_max(torch.rand(1, 8, 8))[0]}, {"box": min_max(torch.rand(1, 8, 8))[0]}]
+    pictures = pack([[torch.rand(3, side, side) * 2 - 1] for _ in range(2)])
+    batch = QuestionBatch(["[ref#1] what?"] * 2, [[1], [1]], pictures, ["a red one", "two boxes"], ["a", "b"], torch.arange(2), targets)
+    module, term, _ = fitted(VisualInstructionTuning(encoder, ROWS), [batch], steps=2, layers=["*.cross_attn"])
+    module.zero_grad()
+    step = module.answering_step(batch)
+    assert sorted((w.name, w.place[1:]) for w in term.align(step).words) == [("box", (4, 4)), ("red", (4, 4))]
+    term.compute(step)["alignment"].backward()
+    touched = {n for n, p in module.trainable().items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any("cross_attn.q_proj.lora_B" in n for n in touched) and any("cross_attn.k_proj.lora_B" in n for n in touched)
+    assert not any("cross_attn.v_proj" in n for n in touched) and any(n.startswith("aligner.") for n in touched)
 
 
 @pytest.mark.parametrize("words", [[["star"], []], None])
