@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..data.images import FORMATS, locate_file, open_picture, other_aspect
 from ..prompt import Record, RecordError, Reference
-from .journal import Journal, Shard
+from .journal import Journal, Shard, check_apart
 from .layouts import Columns, Dropped, Edit, Item, Layout, open_layout
 
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg"}
@@ -73,8 +73,7 @@ def build_edits(settings: Edits, out: str, shard: Shard = Shard()) -> str:
         FileNotFoundError: no such file or folder.
         ValueError: data of another form, or ``out`` lies among it or holds a build with other settings.
     """
-    if Path(settings.data).is_dir() and Path(out).resolve().is_relative_to(Path(settings.data).resolve()):
-        raise ValueError(f"--out {out}: lies in {settings.data}, where it would be taken for data")
+    check_apart(out, settings.data)
     layout = settings.layout()
     journal = Journal(out, {**asdict(settings), "digest": layout.digest}, shard)
     importer = Importer(layout, settings.max_aspect, journal.out)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from ..files import whole_file
 from ..prompt import Record
 
 Item = TypeVar("Item")
@@ -155,6 +156,12 @@ def _quantiles(numbers: Sequence[float]) -> str:
     return ", ".join(f"{share:.0%} below {q:.3g}" for share, q in zip(at, np.quantile(numbers, at).tolist(), strict=True))
 
 
+def check_apart(out: str, data: str) -> None:
+    """Raises: ValueError: ``out`` lies in the folder ``data``."""
+    if Path(data).is_dir() and Path(out).resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f"--out {out}: lies in {data}, where it would be taken for data")
+
+
 def adopt(picture: Path, out: Path, name: str) -> str:
     """Make a picture part of the build: its path relative to ``out`` if it lies there, else a hard link (or a copy) ``pictures/name``."""
     if picture.resolve().is_relative_to(out.resolve()):
@@ -171,10 +178,8 @@ def adopt(picture: Path, out: Path, name: str) -> str:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    part.replace(path)
+    with whole_file(path) as file:
+        file.writelines(line.encode() for line in lines)
 
 
 def _lines(path: Path) -> Iterator[str]:

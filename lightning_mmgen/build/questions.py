@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..data.images import FORMATS, locate_file, open_picture
 from ..prompt import Record, RecordError, Reference
 from .edits import ENDINGS
-from .journal import Journal, Shard
+from .journal import Journal, Shard, check_apart
 from .layouts import Dropped, files_digest, open_rows, picture_of, words
 
 
@@ -131,9 +131,8 @@ def build_questions(settings: Questions, out: str, shard: Shard = Shard()) -> st
         FileNotFoundError: no such file or folder.
         ValueError: data of another form, or ``out`` lies among it or holds a build with other settings.
     """
+    check_apart(out, settings.data)
     place = Path(settings.data)
-    if place.is_dir() and Path(out).resolve().is_relative_to(place.resolve()):
-        raise ValueError(f"--out {out}: lies in {settings.data}, where it would be taken for data")
     rows, columns = settings.rows()
     root = Path(settings.images) if settings.images else place if place.is_dir() else place.parent if place.is_file() else None
     journal = Journal(out, {**asdict(settings), "digest": files_digest(place)}, shard)

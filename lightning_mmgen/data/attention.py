@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from PIL.Image import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from ..files import whole_file
 from ..prompt import Picture, RecordError
 from .images import locate_file
 
@@ -73,9 +74,8 @@ def write_shard(path: Path, rows: Mapping[str, WordMaps]) -> None:
     """Write the maps of rows by id; the file is there whole or not at all."""
     maps = {id: (row.maps * 255).round().to(torch.uint8).contiguous() for id, row in rows.items()}
     about = {id: json.dumps({"image": row.image, "words": row.words}, ensure_ascii=False) for id, row in rows.items()}
-    part = path.with_name(f".{path.name}.part")
-    save_file(maps, part, about)
-    part.replace(path)
+    with whole_file(path, "part") as file:
+        file.write(save(maps, about))
 
 
 def write_index(folder: Path, size: int | None = None) -> Path:
@@ -96,9 +96,9 @@ def write_index(folder: Path, size: int | None = None) -> Path:
                 rows[id] = path.name
                 if (found := shard.get_slice(id).get_shape()[-1]) != (size := size or found):
                     raise ValueError(f"{path}: {id!r} has maps of {found} x {found}, not {size} x {size}")
-    part = folder / ".index.json.part"
-    part.write_text(json.dumps({"version": VERSION, "size": size or 0, "rows": rows}, ensure_ascii=False), encoding="utf-8")
-    return part.replace(folder / "index.json")
+    with whole_file(folder / "index.json", "part") as file:
+        file.write(json.dumps({"version": VERSION, "size": size or 0, "rows": rows}, ensure_ascii=False).encode())
+    return folder / "index.json"
 
 
 class AttentionTargets:
