@@ -95,10 +95,7 @@ def main() -> None:
         text = engines.YAML.format(parts=folder, clip=folder / "clip")
         if args.muon:
             text = text.replace("lr: 3.0e-3}", "lr: 3.0e-3, optimizer: muon}")
-        if large:  # without evaluations and checkpoints
-            text = text[: text.index("  callbacks:")].replace("accumulate_grad_batches: 2", "accumulate_grad_batches: 1")
-            text += "  enable_checkpointing: false\n  callbacks: []\n"
-        (folder / "engines.yaml").write_text(text)
+        (folder / "engines.yaml").write_text(engines.bare(text) if large else text)
         more: tuple[str, ...] = (f"--trainer.max_steps={args.steps}",)
         heads = ("built", "peak", "a step") if large else ("first loss", "curve", "rates", "weights", "average", "scores")
         show(["", *heads])

@@ -9,6 +9,7 @@ from .batch import PackedImages, QuestionBatch
 from .losses import AnsweringStep, language_loss
 from .models.chat import Chat, following
 from .models.encoder import Encoder, Prompts
+from .models.loading import Weights
 from .models.parameters import Row
 from .tuning import LRSchedule, TunedModule
 
@@ -48,7 +49,7 @@ class VisualInstructionTuning(TunedModule):
         self.encoder, self.max_new_tokens = encoder, max_new_tokens
         self.chat = Chat(encoder)
 
-    def build(self, weights: bool = True) -> None:
+    def build(self, weights: Weights = True) -> None:
         self.head = self.encoder.build(weights)
         self.apply_table(["encoder", "head"])
 

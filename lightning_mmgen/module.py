@@ -12,6 +12,7 @@ from .losses import DenoisingStep, diffusion_loss
 from .models.adapter import AdapterConfig
 from .models.codec import CodecConfig
 from .models.encoder import Encoder
+from .models.loading import Weights
 from .models.parameters import Row
 from .models.references import ReferenceAttentionConfig, give_partial_pass
 from .models.unet import UNetConfig, denoise, pooled_features, takes_source
@@ -71,8 +72,8 @@ class MultimodalDiffusion(TunedModule):
                 f"encoder.quantization: {self.encoder.quantization} is for one process or DDP, not for {type(self.engine).__name__}"
             )
 
-    def build(self, weights: bool = True) -> None:
-        """Create encoder, UNet, adapter and codec; ``weights=False`` builds from configurations alone (on the meta device, say)."""
+    def build(self, weights: Weights = True) -> None:
+        """Create encoder, UNet, adapter and codec."""
         adapter, unet, codec, reference_attention = self.parts
         self.encoder.build(weights)
         self.unet = unet.build(weights)

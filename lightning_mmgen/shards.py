@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.functional import pad
 
 
@@ -53,6 +54,14 @@ def part_of(parameter: Any, value: Tensor) -> Tensor:
     world, flat = dist.get_world_size(), value.to(parameter.ds_tensor.device).flatten()
     padded = pad(flat, (0, world * parameter.ds_tensor.numel() - flat.numel()))
     return padded.chunk(world)[dist.get_rank()].clone()
+
+
+def extent(parameter: Tensor) -> tuple[slice, ...]:
+    """Where in the whole lies what this process holds of a parameter, but for ZeRO-3; of one that is not cut, all of it."""
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, n) for n in parameter.shape)
+    shape, begin = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(at, at + n) for at, n in zip(begin, shape, strict=True))
 
 
 def local(tensor: Tensor) -> Tensor:

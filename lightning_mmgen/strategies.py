@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .models.loading import awaited, fill
 from .shards import part, part_of, put, whole
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class OneFile(Strategy):
 
     optimizers_known: ClassVar[tuple[str, ...]] = ("adamw",)
     """Rows that ask for another optimizer are trained by AdamW, at their own rate."""
+    reads_parts: ClassVar[bool] = False
+    """Whether :meth:`share` reads the weights of large parts, which are built without (``later``, see :mod:`.models.loading`)."""
 
     @property
     def tuned(self) -> TunedModule:
@@ -104,6 +107,7 @@ class FSDP2(OneFile, ModelParallelStrategy):
     """
 
     optimizers_known = ("adamw", "muon")
+    reads_parts = True
 
     def __init__(self, gather: str | None = None, offload: bool = False) -> None:
         if gather not in (None, "bfloat16", "float16", "float32"):
@@ -129,12 +133,14 @@ class FSDP2(OneFile, ModelParallelStrategy):
             "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
             "reshard_after_forward": True,
         }
+        stored = awaited(module)
         for root in module.roots():
             for block in blocks(root):
                 fully_shard(block, **settings)
             fully_shard(root, **settings)
             if hasattr(root, "down_features"):
                 register_fsdp_forward_method(root, "down_features")
+        fill(module, stored, torch.device("cpu") if self.offload else self.root_device)
 
     def model_to_device(self) -> None:
         assert self.model is not None

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from .checkpoint import AtomicCheckpointIO, trained_weights
 from .data.datamodule import MultimodalDataModule
 from .losses import AnsweringStep, DenoisingStep, LossTerm
+from .models.loading import Weights
 from .models.parameters import ParameterTable, Row
 from .optimizer import beside_parameters, make_optimizer
+from .shards import part_of, put
 from .strategies import OneFile
 
 
@@ -82,12 +84,12 @@ class TunedModule(L.LightningModule, ABC):
         if self.table.states:
             return
         self.check()
-        self.build()
-        if self.start and self._trainer and not self._trainer.ckpt_path:
-            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
+        self.build("later" if self.engine and self.engine.reads_parts else True)
         if self.engine:
             self.engine.share(self)
             self.table.hold(self)
+        if self.start and self._trainer and not self._trainer.ckpt_path:
+            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
 
     @property
     def engine(self) -> OneFile | None:
@@ -103,8 +105,12 @@ class TunedModule(L.LightningModule, ABC):
         """Raises: ValueError: the trainer cannot train this; asked before anything is built."""
 
     @abstractmethod
-    def build(self, weights: bool = True) -> None:
-        """Create the parts and bring them under the table; ``weights=False`` builds from configurations alone (on the meta device, say)."""
+    def build(self, weights: Weights = True) -> None:
+        """Create the parts and bring them under the table.
+
+        Args:
+            weights: False builds from configurations alone (on the meta device, say); ``later`` leaves out what a strategy will read.
+        """
 
     def apply_table(self, parts: Sequence[str]) -> None:
         """Bring the parts, and those of the loss's terms, under the parameter table; a subclass does so at the end of :meth:`build`.
@@ -203,8 +209,9 @@ class TunedModule(L.LightningModule, ABC):
             ValueError: the checkpoint is of another parameter table.
         """
         self.on_load_checkpoint(checkpoint)
-        weights = {n: w.to(self.get_parameter(n).dtype) for n, w in trained_weights(checkpoint).items() if self._trainer or self._holds(n)}
-        self.load_state_dict(weights, strict=False)
+        for name, value in trained_weights(checkpoint).items():
+            if self._trainer or self._holds(name):
+                put(parameter := self.get_parameter(name), part_of(parameter, value))
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         saved, here = {n for n in checkpoint["state_dict"] if self._trainer or self._holds(n)}, set(self.trainable())

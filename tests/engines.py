@@ -51,6 +51,7 @@ def fit(folder: Path, *runs: Run) -> None:
 def main() -> None:
     """What :func:`fit` starts."""
     import deepspeed  # noqa: F401
+    import torch.distributed.fsdp  # noqa: F401
     from lightning.fabric.plugins.environments.lightning import find_free_network_port
 
     from lightning_mmgen import cli
@@ -104,6 +105,12 @@ def _together(pids: list[int]) -> list[int]:
                 if statuses[pid] != 143:  # else they stop by themselves
                     os.kill(other, signal.SIGKILL)
     return [statuses[pid] for pid in pids]
+
+
+def bare(text: str) -> str:
+    """The YAML without evaluations, checkpoints and accumulation."""
+    text = text[: text.index("  callbacks:")].replace("accumulate_grad_batches: 2", "accumulate_grad_batches: 1")
+    return text + "  enable_checkpointing: false\n  callbacks: []\n"
 
 
 def seen(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,9 +10,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning_mmgen.callbacks.throughput import peak_memory
+from torch import Tensor
+
+from lightning_mmgen.shards import local, part, whole
 
 
 class LossRecorder(Callback):
@@ -44,10 +49,15 @@ class RankRecorder(Callback):
 
     def __init__(self, out: str, kill_at: int | None = None, term_at: int | None = None) -> None:
         self.out, self.kill_at, self.term_at = Path(out), kill_at, term_at
-        self.built = 0.0
+        self.before = self.built = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Comes before ``configure_model``."""
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+        self.before = resident_peak()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.built = peak_memory(pl_module.device)
+        self.built = resident_peak() - self.before
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         seen = trainer.fit_loop.epoch_loop.total_batch_idx + 1
@@ -66,3 +76,29 @@ class RankRecorder(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
         if seen == self.term_at and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+class BuiltRecorder(RankRecorder):
+    """Writes what a process took to build, and on rank 0 what came out: ``<out>.<rank>.json`` and ``<out>.pt``, whole tensors by name."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            local(part(parameter)).sum()  # a single process's lie in the file until they are used
+        super().on_fit_start(trainer, pl_module)
+        self.out.with_name(f"{self.out.name}.{trainer.global_rank}.json").write_text(json.dumps({"built": self.built}))
+        found = {name: digest(whole(p, part(p))) for name, p in pl_module.named_parameters()}
+        found |= {name: digest(buffer) for name, buffer in pl_module.named_buffers()}
+        if trainer.is_global_zero:
+            self.out.with_name(f"{self.out.name}.json").write_text(json.dumps(found))
+
+
+def digest(tensor: Tensor) -> str:
+    """Dtype, shape and bits."""
+    bits = tensor.detach().contiguous().flatten().view(torch.uint8).numpy()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(bits).hexdigest()}"
+
+
+def resident_peak() -> float:
+    """Bytes that the process had resident at most (``VmHWM``)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))

@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
+from .loading import Weights
 from .weights import locate
 
 
@@ -73,8 +74,8 @@ class CodecConfig:
     pretrained: str = "stabilityai/stable-diffusion-xl-base-1.0"
     subfolder: str | None = "vae"
 
-    def build(self, weights: bool = True) -> Codec:
-        """Load the VAE in float32, or create it from its configuration on the default device."""
+    def build(self, weights: Weights = True) -> Codec:
+        """Load the VAE in float32, or (``weights=False``) create it from its configuration on the default device."""
         if weights:
             return Codec(AutoencoderKL.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=torch.float32))
         return Codec(AutoencoderKL.from_config(AutoencoderKL.load_config(locate(self.pretrained), subfolder=self.subfolder)))

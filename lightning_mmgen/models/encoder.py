@@ -10,15 +10,18 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..batch import Condition, PackedImages, Span
 from ..prompt import RecordError, split
+from .loading import Weights, later
 from .packing import Layout, use_by_sample
 from .placement import Quantization, keep_backward, placement
 from .weights import locate
@@ -128,9 +131,9 @@ class Encoder(nn.Module, ABC):
             self._config = AutoConfig.from_pretrained(locate(self.pretrained))
         return self._config
 
-    def build(self, weights: bool = True) -> nn.Module:
+    def build(self, weights: Weights = True) -> nn.Module:
         """Create the parts: from pretrained weights, on the encoder's device or else the default one; or (``weights=False``) from the
-        configuration alone, on the default device and not quantised.
+        configuration alone, on the default device and not quantised; see :data:`Weights`.
 
         Returns:
             The model's output head, hidden states -> scores of the next token; it is no part of the encoder.
@@ -146,9 +149,10 @@ class Encoder(nn.Module, ABC):
         if found != self.architecture:
             raise ValueError(f"{self.pretrained} is a {found}; {type(self).__name__} reads {self.architecture}")
         whole, kind = getattr(transformers, self.architecture), {"dtype": dtype, "attn_implementation": self.attention}
-        model = (
-            whole.from_pretrained(locate(self.pretrained), **kind, **placed) if weights else whole._from_config(self.model_config, **kind)
-        )
+        make = partial(whole._from_config, self.model_config, **kind)
+        model = later(make, self.pretrained, SAFE_WEIGHTS_NAME) if weights == "later" and not placed else None
+        if model is None:
+            model = whole.from_pretrained(locate(self.pretrained), **kind, **placed) if weights else make()
         self.adopt(model.model)
         if not weights:
             return model.lm_head  # type: ignore[no-any-return]

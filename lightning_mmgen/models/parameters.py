@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from .loading import present
 from .placement import count
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
@@ -178,7 +179,8 @@ class ParameterTable:
             },
         )
         trained = [p for p in part.parameters() if p.requires_grad]
-        inject_adapter_in_model(config, part)
+        with present(part.get_submodule(n) for n in chosen):
+            inject_adapter_in_model(config, part)
         for p in trained:  # injection freezes all but the LoRA layers
             p.requires_grad_(True)
         for n, p in part.named_parameters():

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from ..batch import Condition
+from .loading import Weights, awaited, fill, later
 from .weights import locate
 
 if TYPE_CHECKING:
@@ -40,16 +42,21 @@ class UNetConfig:
         """The UNet's own configuration, without its weights."""
         return dict(UNet2DConditionModel.load_config(locate(self.pretrained), subfolder=self.subfolder))
 
-    def build(self, weights: bool = True) -> UNet2DConditionModel:
-        """Load the UNet, or (``weights=False``) create it from its configuration on the default device."""
-        kind = getattr(torch, self.dtype)
-        if weights and not self.from_scratch:
-            unet = UNet2DConditionModel.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=kind)
-        else:
-            unet = UNet2DConditionModel.from_config(self.read()).to(kind)
+    def build(self, weights: Weights = True) -> UNet2DConditionModel:
+        """Load the UNet, or (``weights=False``) create it from its configuration on the default device; see :data:`Weights`."""
+        unet = self._load(weights == "later") if weights and not self.from_scratch else self._make()
         if self.source_latents:
             grow_input(unet)
         return unet
+
+    def _make(self) -> UNet2DConditionModel:
+        return UNet2DConditionModel.from_config(self.read()).to(getattr(torch, self.dtype))
+
+    def _load(self, wait: bool) -> UNet2DConditionModel:
+        if wait and (unet := later(self._make, self.pretrained, SAFETENSORS_WEIGHTS_NAME, self.subfolder)):
+            return unet
+        kind = getattr(torch, self.dtype)
+        return UNet2DConditionModel.from_pretrained(locate(self.pretrained), subfolder=self.subfolder, torch_dtype=kind)
 
 
 def takes_source(unet: UNet2DConditionModel) -> bool:
@@ -64,6 +71,7 @@ def grow_input(unet: UNet2DConditionModel) -> None:
     if takes_source(unet):
         return
     old = unet.conv_in
+    fill(old, awaited(old), torch.get_default_device())
     new = old.__class__(2 * old.in_channels, old.out_channels, old.kernel_size, padding=old.padding)  # type: ignore[arg-type]
     new = new.to(device=old.weight.device, dtype=old.weight.dtype)
     new.weight.zero_()
