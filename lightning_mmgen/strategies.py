@@ -35,7 +35,7 @@ class OneFile(Strategy):
 
     optimizers_known: ClassVar[tuple[str, ...]] = ("adamw",)
     """Rows that ask for another optimizer are trained by AdamW, at their own rate."""
-    reads_parts: ClassVar[bool] = False
+    reads_parts: bool = False
     """Whether :meth:`share` reads the weights of large parts, which are built without (``later``, see :mod:`.models.loading`)."""
 
     @property
@@ -222,6 +222,22 @@ class ZeRO(OneFile, DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    @property
+    def reads_parts(self) -> bool:  # type: ignore[override]
+        return self.stage == 3
+
+    def share(self, module: TunedModule) -> None:
+        """Stage 3: each layer is read whole and cut before the next, so that no process ever holds much more than its part."""
+        if self.stage != 3:
+            return
+        from deepspeed import zero
+
+        self._init_config_if_needed()
+        cutter = zero.Init(module=nn.Module(), config_dict_or_path=self.config)
+        for layer in (layer for root in module.roots() for layer in root.modules()):
+            fill(layer, awaited(layer, recurse=False), self.root_device, recurse=False)
+            cutter._convert_to_zero_parameters(layer.parameters(recurse=False))
 
     def _format_config(self) -> None:
         self._format_batch_size_and_grad_accum_config()  # and no precision: DeepSpeed would cast the VAE too

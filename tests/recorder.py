@@ -79,16 +79,16 @@ class RankRecorder(Callback):
 
 
 class BuiltRecorder(RankRecorder):
-    """Writes what a process took to build, and on rank 0 what came out: ``<out>.<rank>.json`` and ``<out>.pt``, whole tensors by name."""
+    """Writes what a process took to build, and on rank 0 what came out: ``<out>.<rank>.json``, and ``<out>.json`` with a digest of every tensor."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for parameter in pl_module.parameters():
             local(part(parameter)).sum()  # a single process's lie in the file until they are used
         super().on_fit_start(trainer, pl_module)
         self.out.with_name(f"{self.out.name}.{trainer.global_rank}.json").write_text(json.dumps({"built": self.built}))
-        found = {name: digest(whole(p, part(p))) for name, p in pl_module.named_parameters()}
-        found |= {name: digest(buffer) for name, buffer in pl_module.named_buffers()}
+        tensors = {name: whole(p, part(p)) for name, p in pl_module.named_parameters()} | dict(pl_module.named_buffers())
         if trainer.is_global_zero:
+            found = {name: digest(tensor) for name, tensor in tensors.items()}
             self.out.with_name(f"{self.out.name}.json").write_text(json.dumps(found))
 
 

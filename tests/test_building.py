@@ -13,10 +13,12 @@ from . import engines
 from .conftest import make_unet, make_vae
 from .engines import Run, fit
 
+SHARING = ("fsdp", "deepspeed_zero3")
+
 
 @pytest.fixture(scope="module")
 def folder(vlm: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process built, and two under FSDP2, of a UNet of 83 M parameters, 332 MB."""
+    """What one process built, and two under FSDP2 and ZeRO-3, of a UNet of 83 M parameters, 332 MB."""
     folder = tmp_path_factory.mktemp("building")
     (folder / "vlm").symlink_to(vlm)
     make_vae().save_pretrained(folder / "vae")
@@ -28,7 +30,7 @@ def folder(vlm: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         parameter.data.uniform_(-0.02, 0.02)
     unet.save_pretrained(folder / "unet")
     (folder / "engines.yaml").write_text(engines.bare(engines.YAML.format(parts=folder, clip=clip)))
-    fit(folder, *(building(folder, name, engine) for name, engine in (("one", None), ("fsdp", "fsdp"))))
+    fit(folder, *(building(folder, name, engine) for name, engine in (("one", None), *((e, e) for e in SHARING))))
     return folder
 
 
@@ -38,14 +40,17 @@ def building(folder: Path, name: str, engine: str | None) -> Run:
     return Run(name, engine, (*no_steps, f"--trainer.callbacks+={json.dumps(recorder)}"))
 
 
-def test_each_of_two_processes_takes_little_more_than_half_the_memory_of_one(folder: Path) -> None:
-    one, *two = (json.loads((folder / f"{name}.json").read_text())["built"] for name in ("one.built.0", "fsdp.built.0", "fsdp.built.1"))
+@pytest.mark.parametrize("engine", SHARING)
+def test_each_of_two_processes_takes_little_more_than_half_the_memory_of_one(folder: Path, engine: str) -> None:
+    files = ("one.built.0", f"{engine}.built.0", f"{engine}.built.1")
+    one, *two = (json.loads((folder / f"{name}.json").read_text())["built"] for name in files)
     assert one > 332e6
     assert max(two) <= 0.65 * one
 
 
-def test_two_processes_build_the_weights_and_buffers_of_one(folder: Path) -> None:
-    one, two = (json.loads((folder / f"{name}.built.json").read_text()) for name in ("one", "fsdp"))
+@pytest.mark.parametrize("engine", SHARING)
+def test_two_processes_build_the_weights_and_buffers_of_one(folder: Path, engine: str) -> None:
+    one, two = (json.loads((folder / f"{name}.built.json").read_text()) for name in ("one", engine))
     assert one == two
     assert {"unet.conv_in.weight", "adapter.project_out.weight", "encoder.language.rotary_emb.inv_freq"} <= one.keys()
     assert any("lora_A" in name for name in one)

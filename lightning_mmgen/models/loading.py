@@ -113,15 +113,15 @@ def _promise(module: nn.Module, stored: Mapping[str, Stored]) -> str | None:
     return next((name for name, parameter in module.named_parameters() if not hasattr(parameter, "stored")), None)
 
 
-def awaited(module: nn.Module) -> dict[str, Stored]:
-    """The parameters whose values are to come, by name; asked before they are cut."""
-    return {n: p.stored for n, p in module.named_parameters(remove_duplicate=False) if hasattr(p, "stored")}
+def awaited(module: nn.Module, recurse: bool = True) -> dict[str, Stored]:
+    """The parameters whose values are to come, by name, those of children too; asked before they are cut."""
+    return {n: p.stored for n, p in module.named_parameters(recurse=recurse, remove_duplicate=False) if hasattr(p, "stored")}
 
 
 @torch.no_grad()
-def fill(module: nn.Module, stored: Mapping[str, Stored], device: torch.device) -> None:
-    """Give these parameters memory, and read what of them this process holds."""
-    module._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t)  # type: ignore[no-untyped-call]
+def fill(module: nn.Module, stored: Mapping[str, Stored], device: torch.device, recurse: bool = True) -> None:
+    """Give parameters that are on the meta device memory, and read what of them this process holds."""
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.device.type == "meta" else t, recurse)  # type: ignore[no-untyped-call]
     for name, place in stored.items():
         parameter = module.get_parameter(name)
         if (held := local(part(parameter))).numel():

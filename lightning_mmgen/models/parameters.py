@@ -211,7 +211,7 @@ class ParameterTable:
             state.total += count(p)
             state.device = "" if p.device == default else str(p.device)
             if p.requires_grad:
-                state.trainable += p.numel()
+                state.trainable += count(p)
                 state.parameters.append((name, p))
         self.states = list(states.values())
         for state in self.states:

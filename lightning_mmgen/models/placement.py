@@ -50,6 +50,6 @@ def keep_backward(part: nn.Module) -> None:
 
 
 def count(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for: bitsandbytes packs two of 4 bits into a byte."""
+    """How many weights a parameter stands for: bitsandbytes packs two of 4 bits into a byte, ZeRO-3 leaves none in the parameter itself."""
     state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(state.shape.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel())
