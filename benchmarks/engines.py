@@ -5,8 +5,8 @@
 
 The tiny model trains LoRA and a full adapter with four learning rates, clipping, two batches to a step, the consistency penalty, an
 average, and held-out pictures before and after. The table has the differences to one process: the first loss, the curve, the learning
-rates, the weights after. ``--size 300m`` has new weights of a 300 M UNet, LoRA, and no evaluations; its table has the peak of memory of a
-process while it builds and in all, and the seconds of a step.
+rates, the weights after. ``--size 300m`` has new weights of a 300 M UNet, LoRA, and no evaluations; its table has what a process
+takes of memory while it builds (beside what it has imported), its peak in all, and the seconds of a step.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mmgen.data.sources import Source
 from lightning_mmgen.data.streams import Stream
 from lightning_mmgen.folder import run_folder
+from lightning_mmgen.tools.runs import flat
 
 from .held_out import HeldOutCallback
 from .loggers import log_text
 from .picture_grid import PictureGrid
+from .random_state import everyone
 
 PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "omegaconf", "jsonargparse")
 
@@ -39,12 +41,13 @@ class RunCard(Callback):
         self.config, self.seed = config, seed
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises: ValueError: another rank has another configuration."""
+        """Raises: ValueError: a rank has another configuration than the first; on all ranks, before anything is built."""
         run_folder(trainer)
-        if trainer.strategy.broadcast(self.config) != self.config:
-            raise ValueError(
-                f"rank {trainer.global_rank} has another configuration than rank 0; all must be given the same files and options"
-            )
+        texts = everyone(self.config)
+        if odd := next((rank for rank, text in enumerate(texts) if text != texts[0]), None):
+            first, other = (flat(yaml.safe_load(texts[rank])) for rank in (0, odd))
+            key = next(key for key in first | other if first.get(key) != other.get(key))
+            raise ValueError(f"rank {odd} has another configuration than rank 0: {key} is {other.get(key)}, not {first.get(key)}")
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

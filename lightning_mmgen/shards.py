@@ -21,6 +21,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
 
 
+def shape(parameter: Any) -> tuple[int, ...]:
+    """Of the whole parameter."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def part(parameter: Any) -> Tensor:
     """What this process holds of a parameter, in the memory of the parameter."""
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.detach()  # type: ignore[no-any-return]
@@ -60,8 +65,8 @@ def extent(parameter: Tensor) -> tuple[slice, ...]:
     """Where in the whole lies what this process holds of a parameter, but for ZeRO-3; of one that is not cut, all of it."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, n) for n in parameter.shape)
-    shape, begin = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(at, at + n) for at, n in zip(begin, shape, strict=True))
+    size, begin = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(at, at + n) for at, n in zip(begin, size, strict=True))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from .losses import AnsweringStep, DenoisingStep, LossTerm
 from .models.loading import Weights
 from .models.parameters import ParameterTable, Row
 from .optimizer import beside_parameters, make_optimizer
-from .shards import part_of, put
+from .shards import part_of, put, shape
 from .strategies import OneFile
 
 
@@ -214,10 +214,20 @@ class TunedModule(L.LightningModule, ABC):
                 put(parameter := self.get_parameter(name), part_of(parameter, value))
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        saved, here = {n for n in checkpoint["state_dict"] if self._trainer or self._holds(n)}, set(self.trainable())
-        if saved != here:
-            name = sorted(saved ^ here)[0]
-            where = "the checkpoint" if name in saved else "this parameter table"
+        saved = {n: tuple(w.shape) for n, w in checkpoint["state_dict"].items() if self._trainer or self._holds(n)}
+        here = {n: shape(p) for n, p in self.trainable().items()}
+        if names := sorted(n for n in saved.keys() | here.keys() if saved.get(n) != here.get(n)):
+            rows, name = ", ".join(sorted({self._row_name(n) for n in names})), names[0]
+            how = f"is of shape {saved.get(name)} there and {here.get(name)} here"
+            if name not in here or name not in saved:
+                how = f"trained only in {'the checkpoint' if name in saved else 'this parameter table'}"
             raise ValueError(
-                f"the checkpoint is of another parameter table: {len(saved ^ here)} tensors differ, first {name}, trained only in {where}"
+                f"the checkpoint is of another parameter table: rows {rows} differ in {len(names)} tensors, first {name}, {how}"
             )
+
+    def _row_name(self, name: str) -> str:
+        """The row of a parameter, which this table may not have."""
+        try:
+            return self.table.row_of(name).match
+        except ValueError:
+            return name.split(".")[0]

@@ -66,7 +66,7 @@ def main() -> None:
         if world == 1:  # the others begin with what it has imported
             statuses = [cli.command()]
         else:
-            statuses = _together([_fork(cli.command, rank, folder / f"{run.name}.{rank}.log") for rank in range(world)])
+            statuses = _together([_fork(cli.command, rank, folder / f"{run.name}.{rank}.log") for rank in range(world)], run.status)
         ended = os.times()
         print(f"{run.name}: {ended.elapsed - began.elapsed:.1f} s, {ended[2] + ended[3] - began[2] - began[3]:.1f} s of CPU", flush=True)
         if statuses != [run.status] * world:
@@ -95,15 +95,15 @@ def _fork(work: Callable[[], int], rank: int, log: Path) -> int:
         os._exit(status)
 
 
-def _together(pids: list[int]) -> list[int]:
-    """The statuses of processes that live and die together."""
+def _together(pids: list[int], expected: int) -> list[int]:
+    """The statuses of processes that live and die together; those that end as expected, each by itself."""
     statuses: dict[int, int] = {}
     while len(statuses) < len(pids):
         pid, status = os.wait()
         statuses[pid] = os.waitstatus_to_exitcode(status)
         if statuses[pid]:
             for other in set(pids) - statuses.keys():
-                if statuses[pid] != 143:  # else they stop by themselves
+                if statuses[pid] not in (143, 1) or statuses[pid] != expected:  # else they stop by themselves
                     os.kill(other, signal.SIGKILL)
     return [statuses[pid] for pid in pids]
 

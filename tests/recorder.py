@@ -57,6 +57,8 @@ class RankRecorder(Callback):
         self.before = resident_peak()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for parameter in pl_module.parameters():
+            local(part(parameter)).sum()  # a single process's lie in the file until they are used
         self.built = resident_peak() - self.before
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -79,11 +81,10 @@ class RankRecorder(Callback):
 
 
 class BuiltRecorder(RankRecorder):
-    """Writes what a process took to build, and on rank 0 what came out: ``<out>.<rank>.json``, and ``<out>.json`` with a digest of every tensor."""
+    """Writes the bytes that a process took to build to ``<out>.<rank>.json``, and what came out, a digest of every tensor, to
+    ``<out>.json``."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for parameter in pl_module.parameters():
-            local(part(parameter)).sum()  # a single process's lie in the file until they are used
         super().on_fit_start(trainer, pl_module)
         self.out.with_name(f"{self.out.name}.{trainer.global_rank}.json").write_text(json.dumps({"built": self.built}))
         tensors = {name: whole(p, part(p)) for name, p in pl_module.named_parameters()} | dict(pl_module.named_buffers())

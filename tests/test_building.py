@@ -15,14 +15,17 @@ from .engines import Run, fit
 
 SHARING = ("fsdp", "deepspeed_zero3")
 
+DISAGREEING = Run("odd", "fsdp", ("--model.init_args.schedule.warmup=${oc.env:LOCAL_RANK}",), status=1)
+
 
 @pytest.fixture(scope="module")
 def folder(vlm: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process built, and two under FSDP2 and ZeRO-3, of a UNet of 83 M parameters, 332 MB."""
+    """What one process built, and two under FSDP2 and ZeRO-3, of a UNet of 83 M parameters, 332 MB; and two that were
+    given different configurations."""
     folder = tmp_path_factory.mktemp("building")
     (folder / "vlm").symlink_to(vlm)
     make_vae().save_pretrained(folder / "vae")
-    wide = {"block_out_channels": (160, 640), "attention_head_dim": (5, 10), "norm_num_groups": 32, "transformer_layers_per_block": (1, 5)}
+    wide = {"block_out_channels": (160, 640), "attention_head_dim": (5, 10), "norm_num_groups": 32}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config({**make_unet().config, **wide})
     unet = unet.to_empty(device="cpu")
@@ -30,7 +33,7 @@ def folder(vlm: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         parameter.data.uniform_(-0.02, 0.02)
     unet.save_pretrained(folder / "unet")
     (folder / "engines.yaml").write_text(engines.bare(engines.YAML.format(parts=folder, clip=clip)))
-    fit(folder, *(building(folder, name, engine) for name, engine in (("one", None), *((e, e) for e in SHARING))))
+    fit(folder, *(building(folder, name, engine) for name, engine in (("one", None), *((e, e) for e in SHARING))), DISAGREEING)
     return folder
 
 
@@ -54,3 +57,10 @@ def test_two_processes_build_the_weights_and_buffers_of_one(folder: Path, engine
     assert one == two
     assert {"unet.conv_in.weight", "adapter.project_out.weight", "encoder.language.rotary_emb.inv_freq"} <= one.keys()
     assert any("lora_A" in name for name in one)
+
+
+def test_ranks_that_were_given_different_configurations_stop_before_they_build(folder: Path) -> None:
+    for rank in (0, 1):
+        log = (folder / f"odd.{rank}.log").read_text()
+        assert "error: rank 1 has another configuration than rank 0: model.init_args.schedule.warmup is 1, not 0" in log
+        assert "Traceback" not in log

@@ -92,5 +92,11 @@ def test_a_checkpoint_of_another_table_is_refused(experiment: Path, tmp_path: Pa
     monkeypatch.chdir(tmp_path)
     main(["fit", "-c", str(experiment)])
     rows = "[{match: encoder, train: frozen}, {match: adapter, train: full, lr: 0.1}, {match: unet, train: frozen}]"
-    with pytest.raises(ValueError, match="another parameter table: .* trained only in the checkpoint"):
+    with pytest.raises(ValueError, match="another parameter table: rows encoder, unet differ .* trained only in the checkpoint"):
+        main(["fit", "-c", str(experiment), f"--model.init_args.parameters={rows}", "--ckpt_path=last"])
+    lora = "train: lora, rank: {}, lr: 0.1".format
+    rows = "[{match: encoder.vision, train: frozen}, {match: encoder.projector, " + lora(2) + "}, {match: encoder.language, " + lora(2)
+    rows += "}, {match: adapter, train: full, lr: 0.1}, {match: unet, " + lora(1) + "}]"
+    shapes = r"rows unet differ in \d+ tensors, first unet.*lora_A.*, is of shape \(2, \d+\) there and \(1, \d+\) here"
+    with pytest.raises(ValueError, match=shapes):
         main(["fit", "-c", str(experiment), f"--model.init_args.parameters={rows}", "--ckpt_path=last"])

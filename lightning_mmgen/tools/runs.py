@@ -187,13 +187,18 @@ def _config(file: Path) -> dict[str, str]:
     """The configuration, flat: dotted name -> value."""
     import yaml
 
-    return dict(_flat(_object(yaml.safe_load(file.read_text()))))
+    return flat(_object(yaml.safe_load(file.read_text())))
 
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"an object is expected, not {type(value).__name__}")
     return value
+
+
+def flat(config: dict[str, Any]) -> dict[str, str]:
+    """A configuration by dotted names."""
+    return dict(_flat(config))
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
