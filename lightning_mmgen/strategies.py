@@ -217,10 +217,12 @@ class ZeRO(OneFile, DeepSpeedStrategy):
     def setup_distributed(self) -> None:
         if self.root_device.type != "cpu":
             return super().setup_distributed()
+        from deepspeed import ops
         from lightning.fabric.utilities.seed import reset_seed
 
         reset_seed()
         self.set_world_ranks()
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False  # of inference alone; it would be compiled now
         self._init_deepspeed_distributed()
 
     @property
