@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lightning_mmgen.data.streams import Stream
 from lightning_mmgen.folder import run_folder
 
 from .dashboard import final_scores
@@ -31,8 +32,9 @@ def card(trainer: Trainer, pl_module: LightningModule) -> str:
     data = trainer.datamodule  # type: ignore[attr-defined]
     source = getattr(data, "train", None)
     if source is not None:
+        held = f"{source.shards:,} shards" if isinstance(source, Stream) else f"{len(source):,} rows"
         size = getattr(data, "batch_size", 0) * trainer.world_size * trainer.accumulate_grad_batches
-        parts.append(f"Trained on {type(source).__name__} with {len(source):,} rows, {size} samples a step, precision {trainer.precision}.")
+        parts.append(f"Trained on {type(source).__name__} with {held}, {size} samples a step, precision {trainer.precision}.")
         if bad := getattr(data, "bad", None):
             parts.append(f"{len(bad)} rows could not be used; `bad_rows.0.jsonl` names them.")
     if table := getattr(pl_module, "table", None):
