@@ -71,7 +71,7 @@ class Batch(NamedTuple):
         references: one group a picture size.
         target: [b, 3, h, w] in [-1, 1].
         captions: b plain captions ("" where none), for CLIP scores.
-        ids: b names of the rows.
+        ids: b names of the rows; none where the batch stands in for bad rows, and its loss is zero.
         seed: [b] int64, from which all noise of a sample is drawn.
         bare: what is left of each instruction without its references; by default its words without the markers.
         phrases: for each text, the phrases of its references by slot; by default empty ones.
@@ -110,7 +110,7 @@ class QuestionBatch(NamedTuple):
         markers: for each question, the markers of its pictures in the order of their slots.
         references: one group a picture size.
         answers: b texts.
-        ids: b names of the rows.
+        ids: b names of the rows; none where the batch stands in for bad rows, and its loss is zero.
         seed: [b] int64, from which all that is random about a sample is drawn.
         targets: for each question, where its words look: word -> map [s, s] in [0, 1] of its first picture; None where the data have none.
     """

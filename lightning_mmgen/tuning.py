@@ -154,7 +154,7 @@ class TunedModule(L.LightningModule, ABC):
 
         Args:
             size: samples of the batch.
-            rows: their names.
+            rows: their names; without any, the sum is zero times what it is (:meth:`.MultimodalDataModule.stand_in`).
 
         Raises:
             ValueError: it is no number; before it reaches the weights.
@@ -166,7 +166,7 @@ class TunedModule(L.LightningModule, ABC):
         several = self.trainer.world_size > 1
         self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=size, sync_dist=several)
         self.log("loss", total.detach(), prog_bar=True, batch_size=size, sync_dist=several)
-        return total
+        return total if rows else 0 * total
 
     def on_train_batch_end(self, *_: Any) -> None:
         if isinstance(data := getattr(self.trainer, "datamodule", None), MultimodalDataModule):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -88,6 +88,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self._sampler: OrderedSampler | None = None
         self._streamed: StreamDataset | None = None
         self._resume_stream: list[dict[str, Any]] | None = None
+        self._stand_in: Any = None
 
     def _open(self, source: Source | str, held_out: bool) -> Source:
         if source == "toybox":
@@ -115,23 +116,29 @@ class MultimodalDataModule(L.LightningDataModule):
 
     def _first_rows(self) -> None:
         """Fail before training where the first rows already show that it cannot succeed."""
-        if isinstance(self.train, Stream):
-            data = StreamDataset(self.train, self.recipe, self.seed, self.batch_size, 1)
-            read = islice(enumerate(self.train.read(0)), self.check)
-            items = [data.sample(StreamRow(0, 0, i, record)) for i, record in read]
-        else:
-            dataset = RecordDataset(self.train, self.recipe, self.seed)
-            items = [dataset[Position(i, 0)] for i in range(min(self.check, len(self.train)))]
+        items = list(islice(self._in_order(), self.check))
         bad = [item for item in items if isinstance(item, BadRow)]
         if items and len(bad) / len(items) > self.bad_rows and len(bad) > self.bad_rows * self._rows():
             raise RecordError(f"{len(bad)} of the first {len(items)} rows are bad (bad_rows: {self.bad_rows}); {bad[0].reason}")
+
+    def _in_order(self) -> Iterator[Any]:
+        """Samples and bad rows as they lie in the source; of a stream, those of its first shard."""
+        if isinstance(self.train, Stream):
+            data = StreamDataset(self.train, self.recipe, self.seed, self.batch_size, self.workers, *self._place())
+            return (data.sample(StreamRow(0, 0, i, record)) for i, record in enumerate(self.train.read(0)))
+        dataset = RecordDataset(self.train, self.recipe, self.seed)
+        return (dataset[Position(i, 0)] for i in range(len(dataset)))
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def _rows(self) -> int:
         """Of an epoch; a stream, which does not say, has so many before a share of them means anything."""
         return 1000 if isinstance(self.train, Stream) else len(self.train)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        rank, world = self._place()
         if self.cache and self.trainer:
             self.caches = open_caches(self.cache, self.trainer.lightning_module, str(self.trainer.precision))
         if isinstance(self.train, Stream):
@@ -221,7 +228,19 @@ class MultimodalDataModule(L.LightningDataModule):
             self.bad[row.index] = row.reason
         if bad:
             self._report(bad)
-        return good
+        return self.stand_in() if good is None and self.trainer and self.trainer.world_size > 1 else good
+
+    def stand_in(self) -> Any:
+        """A batch for a rank whose rows are all bad, or the others would wait for it for ever: the first good row, without its name, by
+        which the module knows that its loss is zero.
+
+        Raises: RecordError: there is none."""
+        if self._stand_in is None:
+            row = next((item for item in self._in_order() if not isinstance(item, BadRow)), None)
+            if row is None:
+                raise RecordError(f"all rows are bad; last: {list(self.bad.values())[-1]}")
+            self._stand_in = self.collate([row])[0]._replace(ids=[])
+        return self._stand_in
 
     def _report(self, bad: list[BadRow]) -> None:
         if self.trainer and (folder := run_folder(self.trainer)):
@@ -242,6 +261,8 @@ class MultimodalDataModule(L.LightningDataModule):
         self._resume = self._sampler.seek(epoch, start + batches * self._sampler.batch_size * self._sampler.world)
 
     def state_dict(self) -> dict[str, Any]:
+        for bad in of_all_ranks(self.bad):
+            self.bad |= bad  # each rank has met its own
         state = {"epoch": self._resume[0], "consumed": self._resume[1], "seed": self.seed, "bad": dict(self.bad)}
         if self.buckets and self._sampler:
             state["batch"] = self._sampler.batch_size * self._sampler.world

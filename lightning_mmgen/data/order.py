@@ -69,7 +69,7 @@ class StreamDataset(IterableDataset[Any]):
     def __iter__(self) -> Iterator[tuple[Batch | None, list[BadRow], int, Mark]]:
         """Batches, their bad rows, which lane they are of, and its mark behind them."""
         if (worker := get_worker_info()) is not None:
-            import fsspec
+            import fsspec.asyn
 
             fsspec.asyn.reset_lock()  # else a forked process may wait forever for its parent's thread
         index = (self.batches + (worker.id if worker else 0)) % self.workers  # the loader asks its processes in turn from the first on
