@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -20,32 +21,52 @@ ENGINES = ("ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3")
 
 class Run(NamedTuple):
     """A run of ``folder``'s YAML: in one process if no engine is given, else in two. It is ``folder/runs/name``, and what rank r saw lies
-    in ``name.r.jsonl``."""
+    in ``name.r.jsonl``.
+
+    Attributes:
+        more: arguments of its own.
+        status: in which it ends, or that of each rank.
+        kill_at, rank, term_at: of :class:`~tests.recorder.RankRecorder`.
+    """
 
     name: str
     engine: str | None = None
     more: tuple[str, ...] = ()
-    status: int = 0
+    status: int | tuple[int, ...] = 0
     kill_at: int | None = None
+    rank: int | None = None
     term_at: int | None = None
+
+    @property
+    def statuses(self) -> list[int]:
+        """Of each rank."""
+        return [self.status] * (2 if self.engine else 1) if isinstance(self.status, int) else list(self.status)
 
     def command(self, folder: Path) -> list[str]:
         """Arguments of ``lightning``."""
-        own = {"out": str(folder / self.name), "kill_at": self.kill_at, "term_at": self.term_at}
+        own = {"out": str(folder / self.name), "kill_at": self.kill_at, "rank": self.rank, "term_at": self.term_at}
         recorder = {"class_path": "tests.recorder.RankRecorder", "init_args": own}
         args = ["fit", "-c", str(folder / "engines.yaml")]
         if self.engine:
             args += ["-c", f"experiments/overlays/{self.engine}.yaml", "--trainer.devices=2", "--trainer.accelerator=cpu"]
-        args += [f"--trainer.callbacks+={json.dumps(recorder)}", f"--trainer.logger.init_args.save_dir={folder / 'runs'}"]
-        return [*args, f"--trainer.logger.init_args.name={self.name}", *self.more]
+        args += [*self.more, f"--trainer.callbacks+={json.dumps(recorder)}", f"--trainer.logger.init_args.save_dir={folder / 'runs'}"]
+        return [*args, f"--trainer.logger.init_args.name={self.name}"]
+
+
+def reference(clip: Path) -> str:
+    """The argument that adds the evaluation of references, which costs more than the others."""
+    own = {"count": 2, "clip": str(clip), "probes": 1, "hiding": "swap"}
+    return f"--trainer.callbacks+={json.dumps({'class_path': 'ReferenceEvaluation', 'init_args': own})}"
 
 
 def fit(folder: Path, *runs: Run) -> None:
-    """``lightning fit`` of these runs, one after the other, in one subprocess that imports once and forks."""
+    """``lightning fit`` of these runs, one after the other, in one subprocess that imports once and forks. There is no compiler."""
     command = [sys.executable, "-m", "tests.engines", str(folder), json.dumps(runs)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MMGEN_ALLOW": "tests", "DS_ACCELERATOR": "cpu"}
     env["MALLOC_MMAP_THRESHOLD_"] = str(2**18)  # what is let go leaves the process, and no holes
+    env |= {"CC": "/bin/false", "CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(folder / "compiled")}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, env=env)
+    (folder / "times.log").write_text(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -61,17 +82,19 @@ def main() -> None:
     for run in (Run(*row) for row in json.loads(sys.argv[2])):
         sys.argv = ["lightning", *run.command(folder)]
         os.environ["MMGEN_PORT"] = str(find_free_network_port())
-        world = 2 if run.engine else 1
         began = os.times()
-        if world == 1:  # the others begin with what it has imported
+        if run.statuses == [0]:  # the others begin with what it has imported
             statuses = [cli.command()]
         else:
-            statuses = _together([_fork(cli.command, rank, folder / f"{run.name}.{rank}.log") for rank in range(world)], run.status)
+            logs = [folder / f"{run.name}.{rank}.log" for rank in range(len(run.statuses))]
+            statuses = _ended(
+                [_fork(cli.command, rank, log) for rank, log in enumerate(logs)], together=run.rank is None and run.status != 1
+            )
         ended = os.times()
         print(f"{run.name}: {ended.elapsed - began.elapsed:.1f} s, {ended[2] + ended[3] - began[2] - began[3]:.1f} s of CPU", flush=True)
-        if statuses != [run.status] * world:
-            log = (folder / f"{run.name}.0.log").read_text() if world > 1 else ""
-            sys.exit(f"{run.name}: {statuses}, not {run.status}\n{log[-3000:]}")
+        if statuses != run.statuses:
+            log = (folder / f"{run.name}.0.log").read_text() if run.engine else ""
+            sys.exit(f"{run.name}: {statuses}, not {run.statuses}\n{log[-3000:]}")
 
 
 def _fork(work: Callable[[], int], rank: int, log: Path) -> int:
@@ -95,29 +118,38 @@ def _fork(work: Callable[[], int], rank: int, log: Path) -> int:
         os._exit(status)
 
 
-def _together(pids: list[int], expected: int) -> list[int]:
-    """The statuses of processes that live and die together; those that end as expected, each by itself."""
-    statuses: dict[int, int] = {}
-    while len(statuses) < len(pids):
-        pid, status = os.wait()
-        statuses[pid] = os.waitstatus_to_exitcode(status)
-        if statuses[pid]:
-            for other in set(pids) - statuses.keys():
-                if statuses[pid] not in (143, 1) or statuses[pid] != expected:  # else they stop by themselves
-                    os.kill(other, signal.SIGKILL)
-    return [statuses[pid] for pid in pids]
-
-
 def bare(text: str) -> str:
     """The YAML without evaluations, checkpoints and accumulation."""
     text = text[: text.index("  callbacks:")].replace("accumulate_grad_batches: 2", "accumulate_grad_batches: 1")
     return text + "  enable_checkpointing: false\n  callbacks: []\n"
 
 
+def _ended(pids: list[int], together: bool, seconds: float = 400) -> list[int]:
+    """The statuses of processes, which live and die together where nothing else is said, and in any case after ``seconds``."""
+    statuses: dict[int, int] = {}
+    end = time.monotonic() + seconds
+    while left := [pid for pid in pids if pid not in statuses]:
+        fallen = together and any(
+            status not in (0, 143) for status in statuses.values()
+        )  # at 143 they stop by themselves, and at 1 where it is expected
+        for pid in left:
+            if fallen or time.monotonic() > end:
+                os.kill(pid, signal.SIGKILL)
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                statuses[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return [statuses[pid] for pid in pids]
+
+
+def written(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:
+    """What a rank saw, a row a batch, as often as it did."""
+    return [json.loads(line) for line in (folder / f"{name}.{rank}.jsonl").read_text().splitlines()]
+
+
 def seen(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:
-    """What a rank saw, a row a batch; a run that went on counts once."""
-    rows = [json.loads(line) for line in (folder / f"{name}.{rank}.jsonl").read_text().splitlines()]
-    return list({row["batch"]: row for row in rows}.values())
+    """The same, each batch of a run that went on once."""
+    return list({row["batch"]: row for row in written(folder, name, rank)}.values())
 
 
 def losses(folder: Path, name: str, world: int = 1) -> list[float]:
@@ -173,14 +205,22 @@ trainer:
   callbacks:
     - {{class_path: EMA, init_args: {{decay: 0.9}}}}
     - {{class_path: ConsistencyPenalty, init_args: {{spatial: 1.0, temporal: 0.5}}}}
-    - {{class_path: PictureGrid, init_args: {{count: 2}}}}
-    - {{class_path: CLIPScoreEvaluation, init_args: {{count: 2, model: {clip}}}}}
-    - {{class_path: ReferenceEvaluation, init_args: {{count: 2, clip: {clip}, probes: 1, hiding: swap}}}}
+    - {{class_path: PictureGrid, init_args: {{every: 2, count: 2}}}}
+    - {{class_path: CLIPScoreEvaluation, init_args: {{every: 2, count: 2, model: {clip}}}}}
     - class_path: ModelCheckpoint
       init_args: {{every_n_train_steps: 2, save_last: true, save_top_k: -1, enable_version_counter: false, filename: "{{step}}"}}
 """
 """Four learning rates, LoRA beside a full adapter, clipping, accumulation, a term of the loss that asks the averaged weights, an average,
 and all that looks at pictures."""
+
+PLAIN = """
+trainer:
+  callbacks:
+    - {class_path: EMA, init_args: {decay: 0.9}}
+    - class_path: ModelCheckpoint
+      init_args: {every_n_train_steps: 2, save_last: true, save_top_k: -1, enable_version_counter: false, filename: "{step}"}
+"""
+"""The same without looking at pictures."""
 
 if __name__ == "__main__":
     main()

@@ -43,12 +43,13 @@ class RankRecorder(Callback):
 
     Args:
         out: the files' path, without rank and ending.
-        kill_at: rank 0 ends all processes after this many batches, as ``kill -9`` would.
-        term_at: rank 1 gets SIGTERM after this many batches.
+        kill_at: a process ends after this many batches, as ``kill -9`` would.
+        rank: which; all of them if none is given.
+        term_at: the last rank gets SIGTERM after this many batches.
     """
 
-    def __init__(self, out: str, kill_at: int | None = None, term_at: int | None = None) -> None:
-        self.out, self.kill_at, self.term_at = Path(out), kill_at, term_at
+    def __init__(self, out: str, kill_at: int | None = None, rank: int | None = None, term_at: int | None = None) -> None:
+        self.out, self.kill_at, self.rank, self.term_at = Path(out), kill_at, rank, term_at
         self.before = self.built = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -74,7 +75,7 @@ class RankRecorder(Callback):
         }
         with self.out.with_name(f"{self.out.name}.{trainer.global_rank}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if seen == self.kill_at:
+        if seen == self.kill_at and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), signal.SIGKILL)
         if seen == self.term_at and trainer.global_rank == trainer.world_size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
