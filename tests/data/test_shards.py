@@ -216,6 +216,8 @@ def test_more_readers_than_shards_are_refused(shards: Path) -> None:
     stream = WebDatasetStream(f"{shards}/*.tar")
     with pytest.raises(ValueError, match="data.train has 5 shards, fewer than its 6 readers"):
         StreamDataset(stream, Recipe(16, 32), 0, 2, workers=2, rank=0, world=3)
+    with pytest.raises(ValueError, match="fewer than its 6 readers"):
+        module(stream, workers=6)  # before anything is built
 
 
 def module(train: Any, workers: int = 0, **settings: Any) -> MultimodalDataModule:
