@@ -129,9 +129,7 @@ def _ended(pids: list[int], together: bool, seconds: float = 400) -> list[int]:
     statuses: dict[int, int] = {}
     end = time.monotonic() + seconds
     while left := [pid for pid in pids if pid not in statuses]:
-        fallen = together and any(
-            status not in (0, 143) for status in statuses.values()
-        )  # at 143 they stop by themselves, and at 1 where it is expected
+        fallen = together and any(status not in (0, 143) for status in statuses.values())  # at 143 they stop by themselves
         for pid in left:
             if fallen or time.monotonic() > end:
                 os.kill(pid, signal.SIGKILL)
