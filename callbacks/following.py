@@ -36,8 +36,9 @@ class FollowingEvaluation(HeldOutCallback):
         if not records or any("truth" not in r.extra for r in records):
             raise ValueError("FollowingEvaluation reads toybox pictures only: data.held_out must be a ToyboxSource")
         metric = ToyboxFollowing()
-        each = [metric(picture[None], [record.extra["truth"]]) for record, picture in zip(records, pictures, strict=True)]
-        write_rows(trainer, "following", looked, [{k: float(v) for k, v in one.items() if not k.endswith("_ci")} for one in each])
+        rows = metric.score(pictures, [record.extra["truth"] for record in records])
+        metric.include(rows)
+        write_rows(trainer, "following", looked, rows)
         scores = {k: float(v) for k, v in metric.compute().items()}
         log_scores(trainer, {f"held_out/{k}": v for k, v in scores.items() if not k.endswith("_ci")})
         return scores

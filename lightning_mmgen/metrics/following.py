@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from ..toybox.oracle import Reading, judge, read, score
+from ..toybox.oracle import Reading, Score, judge, read, read_all
 from ..toybox.render import draw
 from ..toybox.tasks import Truth
 from ..toybox.world import Placed, Scene
@@ -41,14 +41,19 @@ class ToyboxFollowing(Metric):
         for name in SCORES:
             self.add_state(name, default=[], dist_reduce_fx="cat")
 
-    def update(self, pictures: Tensor, truths: Sequence[Truth]) -> None:
-        """Pictures [b, 3, 64, 64] in [-1, 1], and what each was asked to show."""
+    def score(self, pictures: Tensor, truths: Sequence[Truth]) -> list[dict[str, float]]:
+        """Of pictures [b, 3, 64, 64] in [-1, 1], and what each was asked to show: the scores that each has, by name."""
         arrays = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        scores = [score(a, t) for a, t in zip(arrays, truths, strict=True)]
-        self.following.append(torch.tensor([s.following for s in scores]))
-        self.strict.append(torch.tensor([float(s.strict) for s in scores]))
-        self.consistency.append(torch.tensor([float(np.mean(s.consistency)) for s in scores if s.consistency]))
-        self.success.append(torch.tensor([float(s.success) for s in scores if s.success is not None]))
+        return [_row(judge(reading, truth)) for reading, truth in zip(read_all(arrays), truths, strict=True)]
+
+    def update(self, pictures: Tensor, truths: Sequence[Truth]) -> None:
+        """Add pictures; arguments as of :meth:`score`."""
+        self.include(self.score(pictures, truths))
+
+    def include(self, rows: Sequence[dict[str, float]]) -> None:
+        """The scores of some pictures."""
+        for name in SCORES:
+            getattr(self, name).append(torch.tensor([row[name] for row in rows if name in row]))
 
     def compute(self) -> dict[str, Tensor]:
         """The scores and their intervals; a score without a picture is left out."""
@@ -58,6 +63,13 @@ class ToyboxFollowing(Metric):
             if len(values):
                 out[name], out[f"{name}_ci"] = values.mean(), interval(values)
         return out
+
+
+def _row(found: Score) -> dict[str, float]:
+    row = {"following": found.following, "strict": float(found.strict)}
+    if found.consistency:
+        row["consistency"] = float(np.mean(found.consistency))
+    return row if found.success is None else row | {"success": float(found.success)}
 
 
 SHOWN = 0.8  # consistency of a toy that is the one shown: another toy of the same words has 0.67 on average

@@ -5,10 +5,11 @@ It is plain arithmetic on pixels with the renderer's own shapes: nothing is lear
 
 from __future__ import annotations
 
-import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,87 +42,165 @@ class Reading:
     toys: tuple[Seen, ...]
 
 
+class _Blob(NamedTuple):
+    """A part of a picture [h, w] that is not its background: pixels without the style's light, how far each is toy, the blob itself, the
+    coordinates of columns and rows; a first guess at centre and half-extents, and the brightest channel of the background."""
+
+    pixels: Array
+    soft: Array
+    mask: NDArray[np.bool_]
+    x: Array
+    y: Array
+    start: tuple[float, ...]
+    ground: float
+
+
 @cache
-def _grounds() -> dict[tuple[str, str], Array]:
+def _grounds() -> tuple[list[tuple[str, str]], Array]:
+    """Style and background of every empty picture, and its channels [n, 3, 64 * 64]."""
     plain = {name: np.broadcast_to(np.array(rgb, np.float32), (SIDE, SIDE, 3)) for name, rgb in BACKGROUNDS.items()}
-    return {(style, name): stylise(picture, style) for style in STYLES for name, picture in plain.items()}
+    pictures = {(style, name): stylise(picture, style) for style in STYLES for name, picture in plain.items()}
+    return [*pictures], np.stack([p.reshape(-1, 3).T for p in pictures.values()])
 
 
 def read(picture: NDArray[np.uint8]) -> Reading:
     """Read a uint8 picture [64, 64, 3]."""
-    p = picture.astype(np.float32) / 255
-    pale = np.percentile(p.min(-1), 1.5) > 0.36  # a toy's weakest channel is 0.14, in the pastel style 0.53
-    errors = {key: float(np.median(np.abs(p - ground).sum(-1))) for key, ground in _grounds().items() if (key[0] == "pastel") == pale}
-    style, background = min(errors, key=lambda k: errors[k])
+    return read_all(picture[None])[0]
+
+
+def read_all(pictures: NDArray[np.uint8]) -> list[Reading]:
+    """Read uint8 pictures [n, 64, 64, 3]; their toys are fitted side by side, in a quarter of the time that one by one would take."""
+    scaled = [p.astype(np.float32) / 255 for p in pictures]
+    grounds = [_ground(p) for p in scaled]
+    blobs = [_blobs(p, *ground) for p, ground in zip(scaled, grounds, strict=True)]
+    fits = iter(_silhouettes([blob for some in blobs for blob in some]))
+    return [
+        Reading(background, style, tuple(_toy(blob, *next(fits)) for blob in some))
+        for (style, background), some in zip(grounds, blobs, strict=True)
+    ]
+
+
+def _ground(p: Array) -> tuple[str, str]:
+    """Style and background."""
+    channels = p.reshape(-1, 3).T
+    pale = np.percentile(channels.min(0), 1.5) > 0.36  # a toy's weakest channel is 0.14, in the pastel style 0.53
+    names, grounds = _grounds()
+    known = [i for i, (style, _) in enumerate(names) if (style == "pastel") == pale]
+    errors = sum(np.abs(channel - grounds[known, i]) for i, channel in enumerate(channels))  # [grounds, pixels]
+    middle = channels.shape[1] // 2
+    medians = np.partition(errors, (middle - 1, middle), axis=1)[:, middle - 1 : middle + 1].mean(1)
+    return names[known[int(medians.argmin())]]
+
+
+def _blobs(p: Array, style: str, background: str) -> list[_Blob]:
+    """What is not background, the largest first, three at most."""
     flat = (p - 0.45) / 0.55 if style == "pastel" else p / light(style, SIDE)
     away = np.abs(flat - np.array(BACKGROUNDS[background], np.float32)).max(-1)
     labels, count = ndimage.label(away > 0.22)
-    sizes = ndimage.sum_labels(np.ones_like(labels), labels, range(1, count + 1))
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     largest = [int(i) + 1 for i in np.argsort(sizes)[::-1][:3] if sizes[i] >= SMALLEST]
-    return Reading(background, style, tuple(_toy(flat, away, labels == i, max(BACKGROUNDS[background])) for i in largest))
+    return [_blob(flat, away, labels == i, max(BACKGROUNDS[background])) for i in largest]
 
 
-def _toy(flat: Array, away: Array, mask: NDArray[np.bool_], ground: float) -> Seen:
-    near = ndimage.binary_dilation(mask)
-    soft = np.where(near, np.clip(away / 0.5, 0, 1), 0).astype(np.float32)
+def _blob(flat: Array, away: Array, mask: NDArray[np.bool_], ground: float) -> _Blob:
     ys, xs = np.nonzero(mask)
     start = ((xs.min() + xs.max()) / 2, (ys.min() + ys.max()) / 2, (np.ptp(xs) + 1) / 2, (np.ptp(ys) + 1) / 2)
     box = slice(max(ys.min() - 2, 0), ys.max() + 3), slice(max(xs.min() - 2, 0), xs.max() + 3)
-    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)[(slice(None), *box)]
-    fits = {shape: _fit(shape, soft[box], x, y, start, (0.5,)) for shape in SHAPES}
-    shape = min(fits, key=lambda s: fits[s][0])
-    _, (cx, cy, w, h) = _fit(shape, soft[box], x, y, fits[shape][1], (0.5, 0.25, 0.12))
+    soft = np.where(ndimage.binary_dilation(mask[box]), np.clip(away[box] / 0.5, 0, 1), 0).astype(np.float32)
+    y, x = (np.arange(SIDE, dtype=np.float32)[side] for side in box)
+    return _Blob(flat[box], soft, mask[box], x, y, start, ground)
+
+
+# -- shapes ----------------------------------------------------------------------------------------------------------------------
+
+TOGETHER = 32  # blobs that are fitted side by side
+FAR = 1e4  # where the rows and columns lie that fill a blob's box up to the largest one's
+
+
+def _silhouettes(blobs: Sequence[_Blob]) -> list[tuple[str, tuple[float, ...]]]:
+    """The shape of each blob, and its centre and half-extents."""
+    rough = np.array([_fit(shape, blobs, [b.start for b in blobs], (0.5,)) for shape in SHAPES])  # [shapes, blobs, 5]
+    shapes = rough[..., 0].argmin(0)
+    out: dict[int, tuple[str, tuple[float, ...]]] = {}
+    for k, shape in enumerate(SHAPES):
+        some = np.flatnonzero(shapes == k)
+        fine = _fit(shape, [blobs[i] for i in some], rough[k, some, 1:], (0.5, 0.25, 0.12))
+        out |= {int(i): (shape, tuple(at)) for i, (_, *at) in zip(some, fine.tolist(), strict=True)}
+    return [out[i] for i in range(len(blobs))]
+
+
+def _fit(shape: str, blobs: Sequence[_Blob], starts: Any, steps: tuple[float, ...]) -> Array:
+    """Squared error of each blob's silhouette where it is least, centre and half-extents, [blobs, 5]; blobs of like size go together."""
+    out, order = np.empty((len(blobs), 5)), np.argsort([b.soft.size for b in blobs], kind="stable")
+    for at in range(0, len(order), TOGETHER):
+        some = order[at : at + TOGETHER]
+        out[some] = _descend(shape, [blobs[i] for i in some], np.array([starts[i] for i in some], np.float64), steps)
+    return out
+
+
+def _descend(shape: str, blobs: Sequence[_Blob], at: Array, steps: tuple[float, ...]) -> Array:
+    """Coordinate descent on centre and half-extents [blobs, 4], each blob's own though all take the same steps."""
+    h, w = (max(b.soft.shape[i] for b in blobs) for i in (0, 1))
+    soft, x, y = np.zeros((len(blobs), h, w), np.float32), np.full((len(blobs), 1, w), FAR), np.full((len(blobs), h, 1), FAR)
+    x, y = x.astype(np.float32), y.astype(np.float32)
+    for i, blob in enumerate(blobs):
+        rows, columns = blob.soft.shape
+        soft[i, :rows, :columns], x[i, 0, :columns], y[i, :rows, 0] = blob.soft, blob.x, blob.y
+
+    def error(at: Array, live: NDArray[np.intp]) -> Array:
+        cx, cy, w, h = np.maximum(at, (-FAR, -FAR, 0.5, 0.5)).astype(np.float32).T[..., None, None]
+        d = signed_distance(shape, np.abs(x[live] - cx), y[live] - cy, w, h, right=True)
+        return np.asarray(((np.minimum(np.maximum(0.5 - d, 0), 1) - soft[live]) ** 2).sum((1, 2)))
+
+    best = error(at, np.arange(len(blobs)))
+    for step in steps:
+        live = np.arange(len(blobs))
+        for _ in range(3):
+            before = best.copy()
+            for move in (sign * step * axis for axis in np.eye(4) for sign in (-1, 1)):
+                trial = at[live] + move
+                e = error(trial, live)
+                better = (trial[:, 2:] > 2).all(1) & (e < best[live])
+                best[live[better]], at[live[better]] = e[better], trial[better]
+            if not len(live := live[best[live] < before[live]]):
+                break
+    return np.column_stack([best, at])
+
+
+# -- attributes and traits ---------------------------------------------------------------------------------------------------------
+
+
+def _toy(blob: _Blob, shape: str, at: tuple[float, ...]) -> Seen:
+    cx, cy, w, h = at
+    x, y = blob.x - cx, blob.y[:, None] - cy
     side = 2 * float(np.sqrt(w * h))
-    d = signed_distance(shape, x - cx, y - cy, w, h)
-    pixels = flat[box]
-    value = pixels.max(-1)
-    outline = _outline(d, value, side, ground)
+    d = signed_distance(shape, x, y, w, h)
+    value = blob.pixels.max(-1)
+    outline = _outline(d, value, side, blob.ground)
     margins = (d < -outline * side - m for m in (1.0, 0.7, 0.4))  # clear of the rim, where the toy is wide enough
     inner = next((i for i in margins if i.sum() >= 16), d < -outline * side)
-    inner = inner if inner.any() else mask[box]  # a blob that is all rim
-    hue = _hue(pixels[inner])
+    inner = inner if inner.any() else blob.mask  # a blob that is all rim
+    hue = _hue(blob.pixels[inner])
     colour = min(COLOURS, key=lambda c: _turn(hue, COLOURS[c]))
-    texture, pitch, phase = _texture(value[inner], ((x - cx) / w)[inner], ((y - cy) / h)[inner], min(w, h))
+    texture, pitch, phase = _texture(value, inner, x / w, y / h, min(w, h))
     offset = (hue - COLOURS[colour] + 180) % 360 - 180
     toy = Toy(shape, colour, texture, float(offset), pitch, phase, outline, float(np.log(h / w)))
     size = min(SIZES, key=lambda s: abs(SIZES[s] - side))
     return Seen(toy, size, float(cx) + 0.5, float(cy) + 0.5)
 
 
-def _fit(
-    shape: str, soft: Array, x: Array, y: Array, start: tuple[float, ...], steps: tuple[float, ...]
-) -> tuple[float, tuple[float, ...]]:
-    """Coordinate descent on centre and half-extents: the squared error of the silhouette, and where it is least."""
-
-    def error(at: tuple[float, ...]) -> float:
-        inside = np.clip(0.5 - signed_distance(shape, x - at[0], y - at[1], at[2], at[3]), 0, 1)
-        return float(((inside - soft) ** 2).sum())
-
-    best, at = error(start), tuple(float(v) for v in start)
-    for step in steps:
-        for _ in range(3):
-            before = best
-            for i in range(4):
-                for move in (-step, step):
-                    trial = (*at[:i], at[i] + move, *at[i + 1 :])
-                    if trial[2] > 2 and trial[3] > 2 and (e := error(trial)) < best:
-                        best, at = e, trial
-            if best == before:
-                break
-    return best, at
-
-
 def _outline(d: Array, value: Array, side: float, ground: float) -> float:
     """The rim's width over the side: the one at which the renderer's rim is as dark, in sum, as what is seen near the edge."""
     near = (d < 0.5) & (d > -0.16 * side - 1)
+    d, value = d[near], value[near]
 
-    def dark(v: Array) -> float:
-        return float(np.clip((0.36 - v[near]) / (0.36 - RIM), 0, 1).sum())
+    def dark(v: Array) -> Array:
+        return np.asarray(np.clip((0.36 - v) / (0.36 - RIM), 0, 1).sum(-1))
 
     low, high = TRAITS["outline"]
     widths, inside = np.linspace(low, high * 1.2, 25), np.clip(0.5 - d, 0, 1)
-    fills = [np.clip(0.5 - d - o * side, 0, 1) for o in widths]
-    expected = [dark(VALUE * f + RIM * (inside - f) + ground * (1 - inside)) for f in fills]
+    fills = np.clip(0.5 - d - widths[:, None] * side, 0, 1)  # [25, n]
+    expected = dark(VALUE * fills + RIM * (inside - fills) + ground * (1 - inside))
     return float(np.clip(np.interp(dark(value), expected, widths), low, high))
 
 
@@ -129,40 +208,63 @@ def _hue(pixels: Array) -> float:
     """Median hue in degrees of the saturated pixels [n, 3]."""
     chroma = pixels.max(-1) - pixels.min(-1)
     chosen = np.clip(pixels[chroma >= np.percentile(chroma, 60)], 0, 1) if len(pixels) else np.zeros((1, 3))
-    hues = np.array([colorsys.rgb_to_hsv(*map(float, c))[0] for c in chosen]) * 2 * np.pi
+    hues = _hues(chosen.astype(np.float64)) * 2 * np.pi
     mean = np.arctan2(np.sin(hues).mean(), np.cos(hues).mean())
     return float(np.degrees(mean + np.median((hues - mean + np.pi) % (2 * np.pi) - np.pi)) % 360)
+
+
+def _hues(rgb: Array) -> Array:
+    """Hue of colours [n, 3], as ``colorsys.rgb_to_hsv`` has it, [n] in [0, 1); 0 of a grey."""
+    top, low = rgb.max(1), rgb.min(1)
+    r, g, b = (top - rgb.T) / np.where(top == low, 1, top - low)
+    sixths = np.select([top == rgb[:, 0], top == rgb[:, 1]], [b - g, 2 + r - b], 4 + g - r)
+    return np.asarray(np.where(top == low, 0, sixths / 6 % 1))
 
 
 def _turn(a: float, b: float) -> float:
     return abs((a - b + 180) % 360 - 180)
 
 
-def _texture(value: Array, u: Array, v: Array, extent: float) -> tuple[str, float, float]:
-    """The texture whose best pitch and phase explain the dark tone [n], by search on a grid, then a finer one."""
-    top = float(np.percentile(value, 90))
-    tone = np.clip((top - value) / (top * (1 - DARK_TONE) + 1e-6), -0.2, 1.2)
-    results = {"solid": (float((tone**2).mean()) - 0.05, 2.0, 0.0)}
-    low, high = TRAITS["pitch"]
+PITCHES = np.meshgrid(np.linspace(*TRAITS["pitch"], 15), np.arange(16) / 16 - 0.5, indexing="ij")
+AROUND = np.meshgrid(np.linspace(-0.1, 0.1, 9), np.linspace(-0.06, 0.06, 9), indexing="ij")
+"""The grid of pitches and phases, and the finer one around its best."""
+
+
+def _texture(value: Array, inner: NDArray[np.bool_], u: Array, v: Array, extent: float) -> tuple[str, float, float]:
+    """The texture whose best pitch and phase explain the dark tone of the inner pixels [h, w], by search on a grid, then a finer one.
+
+    Args:
+        u, v: of columns [1, w] and rows [h, 1].
+    """
+    box = tuple(slice(i.min(), i.max() + 1) for i in np.nonzero(inner))
+    inner, u, v = inner[box], u[..., box[1]], v[box[0]]
+    top = float(np.percentile(value[box][inner], 90))
+    tone = np.where(inner, np.clip((top - value[box]) / (top * (1 - DARK_TONE) + 1e-6), -0.2, 1.2), 0)
+    results = {"solid": (float((tone**2).sum() / inner.sum()) - 0.05, 2.0, 0.0)}
+    (pitches, phases), (finer, later) = PITCHES, AROUND
     for texture in TEXTURES[1:]:
-        pitches, phases = np.meshgrid(np.linspace(low, high, 15), np.arange(16) / 16 - 0.5, indexing="ij")
-        _, pitch, phase = _search(texture, tone, u, v, pitches, phases, extent)
-        pitches, phases = np.meshgrid(
-            np.clip(pitch + np.linspace(-0.1, 0.1, 9), low, high), phase + np.linspace(-0.06, 0.06, 9), indexing="ij"
-        )
-        results[texture] = _search(texture, tone, u, v, pitches, phases, extent)
+        _, pitch, phase = _search(texture, tone, inner, u, v, pitches, phases, extent)
+        results[texture] = _search(texture, tone, inner, u, v, np.clip(pitch + finer, *TRAITS["pitch"]), phase + later, extent)
     texture = min(results, key=lambda t: results[t][0])
     return texture, results[texture][1], (results[texture][2] + 0.5) % 1.0 - 0.5
 
 
-def _search(texture: str, tone: Array, u: Array, v: Array, pitches: Array, phases: Array, extent: float) -> tuple[float, float, float]:
-    pitch, phase = pitches.reshape(-1, 1).astype(np.float32), phases.reshape(-1, 1).astype(np.float32)
-    model = second_tone(texture, u[None], v[None], pitch, phase, pitch / (2 * extent))  # [grid, n]
-    model, tone = model - model.mean(1, keepdims=True), tone - tone.mean()
-    strength = np.clip((model * tone).sum(1) / ((model**2).sum(1) + 1e-6), 0.35, 1.2)[:, None]  # a blurred texture is weaker
-    errors = ((strength * model - tone) ** 2).mean(1)
+def _search(
+    texture: str, tone: Array, inner: NDArray[np.bool_], u: Array, v: Array, pitches: Array, phases: Array, extent: float
+) -> tuple[float, float, float]:
+    """The least mean squared error on a grid, and its pitch and phase; the second tone of stripes is a column's, that of bands a row's."""
+    pitch, phase = (g.reshape(-1, 1, 1).astype(np.float32) for g in (pitches, phases))
+    model = second_tone(texture, u[None], v[None], pitch, phase, pitch / (2 * extent))  # [grid, h or 1, w or 1]
+    alike = tuple(i for i in (0, 1) if model.shape[i + 1] == 1)
+    count = inner.sum()
+    deviation = np.where(inner, tone - tone.sum() / count, 0)
+    weight, told = (a.sum(alike, dtype=np.float64).ravel() for a in (inner, deviation))
+    model = model.reshape(len(model), -1).astype(np.float64)
+    along, power = model @ told, model**2 @ weight - (model @ weight) ** 2 / count
+    strength = np.clip(along / (power + 1e-6), 0.35, 1.2)  # a blurred texture is weaker
+    errors = (strength * (strength * power - 2 * along) + (deviation**2).sum()) / count
     best = int(errors.argmin())
-    return float(errors[best]), float(pitch[best, 0]), float(phase[best, 0])
+    return float(errors[best]), float(pitch[best, 0, 0]), float(phase[best, 0, 0])
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------------------

@@ -17,34 +17,41 @@ RIM = 0.08  # value of the outline
 
 _STAR = np.array([(np.sin(i * np.pi / 5), -np.cos(i * np.pi / 5)) for i in range(10)]) * np.where(np.arange(10) % 2, 0.58, 1.0)[:, None]
 _STAR = (_STAR - (_STAR.max(0) + _STAR.min(0)) / 2) / (np.ptp(_STAR, axis=0) / 2)
-_POLYGONS = {"triangle": np.array([(0.0, -1.0), (1.0, 1.0), (-1.0, 1.0)]), "star": _STAR}
+_POLYGONS = {"triangle": np.array([(0.0, -1.0), (1.0, 1.0), (-1.0, 1.0), (0.0, -1.0)]), "star": np.vstack([_STAR, _STAR[:1]])}
 
 
-def _box(x: Array, y: Array, w: float, h: float) -> Array:
+def _box(x: Array, y: Array, w: float | Array, h: float | Array) -> Array:
     dx, dy = np.abs(x) - w, np.abs(y) - h
     return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0)
 
 
-def _polygon(x: Array, y: Array, corners: Array) -> Array:
-    """Signed distance to a closed polygon, [H, W] -> [H, W]."""
-    a, b = corners[:, None, None, :], np.roll(corners, -1, axis=0)[:, None, None, :]
-    px, py = x[None] - a[..., 0], y[None] - a[..., 1]
-    ex, ey = b[..., 0] - a[..., 0], b[..., 1] - a[..., 1]
-    t = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-    d = np.sqrt(((px - t * ex) ** 2 + (py - t * ey) ** 2).min(0))
-    below = (a[..., 1] <= y[None]) != (b[..., 1] <= y[None])
-    crosses = below & (px < (y[None] - a[..., 1]) * ex / np.where(ey == 0, 1e-9, ey))
-    return np.where(crosses.sum(0) % 2 == 1, -d, d)
+def _polygon(x: Array, y: Array, corners: Array, w: float | Array, h: float | Array) -> Array:
+    """Signed distance to a polygon of corners [k, 2] in [-1, 1]^2, times half-width and half-height; the last is the first."""
+    cx, cy = (np.multiply.outer(column, size).astype(np.float32) for column, size in zip(corners.T, (w, h), strict=True))
+    near: Any = np.inf
+    inside: Any = False
+    for ax, ay, bx, by in zip(cx, cy, cx[1:], cy[1:], strict=False):
+        px, py, ex, ey = x - ax, y - ay, bx - ax, by - ay
+        t = np.minimum(np.maximum((px * ex + py * ey) / (ex * ex + ey * ey), 0), 1)
+        near = np.minimum(near, (px - t * ex) ** 2 + (py - t * ey) ** 2)
+        below = (ay <= y) != (by <= y)
+        inside = inside ^ (below & (px < py * ex / np.where(ey == 0, np.float32(1e-9), ey)))
+    distance = np.sqrt(near)
+    return np.where(inside, -distance, distance)
 
 
-def signed_distance(shape: str, x: Array, y: Array, w: float, h: float) -> Array:
-    """Distance in pixels to a shape of half-width ``w`` and half-height ``h`` at the origin, negative inside, [H, W]."""
+def signed_distance(shape: str, x: Array, y: Array, w: float | Array, h: float | Array, right: bool = False) -> Array:
+    """Distance in pixels to a shape of half-width ``w`` and half-height ``h`` at the origin, negative inside; all of them broadcast.
+
+    ``right``: no x is negative, so that the left half of a polygon need not be looked at.
+    """
     if shape == "square":
         return _box(x, y, w, h)
     if shape == "cross":
         return np.minimum(_box(x, y, w, 0.42 * h), _box(x, y, 0.42 * w, h))
     if shape in _POLYGONS:
-        return _polygon(x, y, (_POLYGONS[shape] * (w, h)).astype(np.float32))
+        corners = _POLYGONS[shape]
+        return _polygon(x, y, corners[: len(corners) // 2 + 1] if right else corners, w, h)
     r = np.sqrt((x / w) ** 2 + (y / h) ** 2) + 1e-6  # an ellipse's distance to first order: f / |grad f|
     slope = np.sqrt((x / w**2) ** 2 + (y / h**2) ** 2) / r + 1e-6
     if shape == "circle":
