@@ -6,6 +6,10 @@ Trains ``experiments/instruct.yaml`` three times a seed: on subjects shown by ot
 the target itself, without augmentation (``copies``), and on references of other records (``ignores``). Each draws the same held-out
 instructions; every score is held against what the oracle reads, picture by picture, and the probes against what each model was trained to
 do.
+
+The last table says which scores mislead. A score misleads about a truth of the oracle's (*following*, *consistency*) if in most seeds it
+puts another model first than the oracle does, and is blind to it if its rank correlation, among the pictures of the model that follows, is
+not above 0 by its interval over seeds.
 """
 
 from __future__ import annotations
@@ -52,6 +56,7 @@ PROBES = {
     "reworded": "one word changed",
 }
 Scores = dict[str, list[float]]
+Models = tuple[str, ...]
 
 # -- runs ------------------------------------------------------------------------------------------------------------------------
 
@@ -131,21 +136,48 @@ def means(scores: dict[tuple[str, int], Scores], seeds: list[int], names: dict[s
     return lines
 
 
+def rank_correlation(scores: dict[tuple[str, int], Scores], seeds: list[int], name: str, truth: str, models: Models) -> tuple[float, float]:
+    """Spearman's, over all pictures of the models: its mean over seeds, and half of its interval."""
+    rhos = []
+    for s in seeds:
+        a, b = (np.concatenate([scores[m, s][key] for m in models]) for key in (name, truth))
+        rhos.append(float(spearmanr(a, b, nan_policy="omit").statistic))
+    return interval(rhos)
+
+
 def correlations(scores: dict[tuple[str, int], Scores], seeds: list[int]) -> list[str]:
-    """Spearman's rank correlation of each score with each truth: over all pictures of all models, and within the model that follows."""
+    """The rank correlation of each score with each truth: over all pictures of all models, and within the model that follows."""
     columns = [(truth, models) for truth in TRUTHS for models in (MODELS, MODELS[:1])]
     heads = [f"{truth}, {models[0] if len(models) == 1 else 'all'}" for truth, models in columns]
     lines = [f"{'rank correlation with the oracle':<36}" + "".join(f"{head:>22}" for head in heads)]
     for name, title in (METRICS | PROBES).items():
-        cells = []
-        for truth, models in columns:
-            rhos = []
-            for s in seeds:
-                a, b = (np.concatenate([scores[m, s][key] for m in models]) for key in (name, truth))
-                rhos.append(float(spearmanr(a, b, nan_policy="omit").statistic))
-            cells.append(interval(rhos))
+        cells = [rank_correlation(scores, seeds, name, truth, models) for truth, models in columns]
         lines.append(f"{title:<36}" + "".join(f"{f'{mean:.3f} ± {half:.3f}':>22}" for mean, half in cells))
     return lines
+
+
+def best(scores: dict[tuple[str, int], Scores], seeds: list[int], name: str) -> list[str]:
+    """The model that a score puts first, seed by seed."""
+    return [max(MODELS, key=lambda m: float(np.nanmean(scores[m, s][name]))) for s in seeds]
+
+
+def verdict(scores: dict[tuple[str, int], Scores], seeds: list[int], name: str, truth: str) -> str:
+    """What a score is worth as a measure of a truth: of models by their order, of pictures by the rank correlation."""
+    wrong = [mine for mine, right in zip(best(scores, seeds, name), best(scores, seeds, truth), strict=True) if mine != right]
+    mean, half = rank_correlation(scores, seeds, name, truth, MODELS[:1])
+    blind = "" if mean - np.nan_to_num(half) > 0 else ", blind to pictures"  # one seed has no interval
+    if 2 * len(wrong) > len(seeds):
+        return f"misleads: {max(wrong, key=wrong.count)} first, {len(wrong)} of {len(seeds)} seeds{blind}"
+    return f"right model first, {len(seeds) - len(wrong)} of {len(seeds)} seeds{blind}"
+
+
+def verdicts(scores: dict[tuple[str, int], Scores], seeds: list[int]) -> list[str]:
+    """A row a score of pictures, a column a truth: whether it misleads."""
+    lines = [f"{'which scores mislead':<36}" + "".join(f"{f'about {truth}':<60}" for truth in TRUTHS).rstrip()]
+    for name, title in METRICS.items():
+        lines.append(f"{title:<36}" + "".join(f"{verdict(scores, seeds, name, truth):<60}" for truth in TRUTHS).rstrip())
+    oracle = "".join(f"{', '.join(best(scores, seeds, truth)):<60}" for truth in TRUTHS)
+    return [*lines, f"{'the oracle puts first, by seed':<36}{oracle}".rstrip()]
 
 
 def claim(scores: dict[tuple[str, int], Scores], seeds: list[int], name: str, more: str, less: str) -> str:
@@ -165,9 +197,7 @@ def main() -> None:
     wanted += [("ignored_inside", "follows", "ignores"), ("swapped", "follows", "ignores"), ("reworded", "follows", "copies")]
     for name, more, less in wanted:
         print(claim(scores, args.seeds, name, more, less))
-    print("misled, if it holds:")
-    for name in ("clip_i", "clip_i_whole", "prompt_score"):
-        print(claim(scores, args.seeds, name, "copies", "follows"))
+    print("\n" + "\n".join(verdicts(scores, args.seeds)))
 
 
 if __name__ == "__main__":
