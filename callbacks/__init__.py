@@ -13,14 +13,16 @@ from .gradient_norm import GradientNorm
 from .held_out import HeldOut, held_out, held_out_parts, sample
 from .language import LanguageEvaluation
 from .last_checkpoint import LastCheckpoint
+from .loggers import latest_scores, log_scores
 from .model_card import ModelCard
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .preemption import Preemption
 from .random_state import RandomState
 from .reference import ReferenceEvaluation
-from .rows import latest_scores, log_scores, write_rows
+from .rows import write_rows
 from .run_card import RunCard
+from .scoring import Evaluation, PictureEvaluation
 from .throughput import Throughput
 from .timestep_loss import TimestepLoss
 
@@ -33,12 +35,14 @@ __all__ = [
     "Dashboard",
     "DriftEvaluation",
     "EditEvaluation",
+    "Evaluation",
     "FollowingEvaluation",
     "GradientNorm",
     "HeldOut",
     "LanguageEvaluation",
     "LastCheckpoint",
     "ModelCard",
+    "PictureEvaluation",
     "PictureGrid",
     "PictureWriter",
     "Preemption",

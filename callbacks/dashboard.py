@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .drift import DriftEvaluation
-from .rows import latest_scores
+from .loggers import latest_scores
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "training": {

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
-from lightning import LightningModule, Trainer
+from collections.abc import Sequence
+
+import torch
+from lightning import Trainer
+from torch import Tensor
 
 from lightning_mmgen.data.datamodule import MultimodalDataModule
-from lightning_mmgen.data.recipe import Recipe
 from lightning_mmgen.metrics.drift import MaskedMSE, MaskedPSNR, MaskedSSIM
+from lightning_mmgen.prompt import Record
 
-from .held_out import HeldOutCallback, held_out
-from .rows import log_scores, write_rows
+from .scoring import PictureEvaluation
 
 METRICS = {"mse": MaskedMSE, "psnr": MaskedPSNR, "ssim": MaskedSSIM}
 
 
-class DriftEvaluation(HeldOutCallback):
-    """MSE, PSNR and SSIM of the held-out edits against their sources outside the mask, before training, every ``every`` steps, and at the
-    end. A copy of the source drifts least: look at it beside a score of the edits' success.
+class DriftEvaluation(PictureEvaluation):
+    """MSE, PSNR and SSIM of the held-out edits against their sources outside the mask; an edit of the whole picture has none, and records
+    that are no edit are left out. A copy of the source drifts least: look at it beside a score of the edits' success.
 
-    Args:
-        every: optimizer steps between evaluations; 0 for before and after only.
-        count: held-out records; those that are no edit are left out, and so are edits of the whole picture.
+    Arguments as of :class:`PictureEvaluation`.
     """
 
-    at_start = True
+    name = "drift"
+    nothing = "no held-out record is an edit; data: EditDataModule reads edits"
 
-    def __init__(self, every: int = 0, count: int = 64) -> None:
-        super().__init__(every, count)
+    def concerns(self, record: Record) -> bool:
+        return any(r.role == "source" for r in record.references)
 
-    def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        records, pictures = looked = held_out(trainer, pl_module, self.count)
+    def score(self, trainer: Trainer, records: Sequence[Record], pictures: Tensor) -> dict[str, Tensor]:
         data: MultimodalDataModule = trainer.datamodule  # type: ignore[attr-defined]
-        recipe: Recipe = data.held_out_recipe
-        samples = [recipe(record, None, 0) for record in records]
-        if all(s.source is None for s in samples):
-            raise ValueError("DriftEvaluation: no held-out record is an edit; data: EditDataModule reads edits")
-        metrics = {f"drift_{name}": kind() for name, kind in METRICS.items()}
-        rows: list[dict[str, float] | None] = []
-        for sample, picture in zip(samples, pictures, strict=True):
-            if sample.source is None or sample.mask is None:
-                rows.append(None)
-            else:
-                edit = (picture[None], sample.source[None], sample.mask[None])
-                rows.append({name: float(metric(*edit)) for name, metric in metrics.items()})
-        write_rows(trainer, "drift", looked, rows)
-        log_scores(trainer, {f"held_out/{name}": float(metric.compute()) for name, metric in metrics.items()})
+        samples = [data.held_out_recipe(record, None, 0) for record in records]
+        sources, masks = ([each for s in samples if (each := getattr(s, name)) is not None] for name in ("source", "mask"))
+        if len(masks) < len(samples):
+            raise ValueError(f"DriftEvaluation: {self.nothing}")
+        edits = pictures, *(torch.stack(each).to(pictures.device) for each in (sources, masks))
+        return {f"drift_{name}": kind().score(*edits) for name, kind in METRICS.items()}

@@ -53,8 +53,7 @@ def held_out_parts(
         seconds: no further part is begun after this time on any rank; what the caller does with a part counts too.
     """
     data: MultimodalDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    there = 0 if data.held_out is None else len(data.held_out)
-    count = min(count or there, there, 2 if trainer.fast_dev_run else there)  # type: ignore[attr-defined]
+    count = held_out_count(trainer, count)
     step, kept = _drawn.get(trainer, (-1, _empty(trainer)))
     kept = kept if step == trainer.global_step else _empty(trainer)
     began, at = time.monotonic(), 0
@@ -74,16 +73,28 @@ def held_out_parts(
         at += len(part.records)
 
 
+def held_out_count(trainer: Trainer, count: int) -> int:
+    """How many held-out records there are to look at, of ``count`` (0 for all)."""
+    source = trainer.datamodule.held_out  # type: ignore[attr-defined]
+    there = 0 if source is None else len(source)
+    return min(count or there, there, 2 if trainer.fast_dev_run else there)  # type: ignore[attr-defined]
+
+
 def draw(trainer: Trainer, pl_module: LightningModule, records: Sequence[Record], places: Sequence[int]) -> Tensor:
     """Pictures [n, 3, side, side] of records with the noise of these places among the held-out ones. Every rank draws an equal share (the
     last record again where there are not enough) and gets all of them."""
-    world, n = trainer.world_size, len(records)
-    own = [min(i, n - 1) for i in range(trainer.global_rank, -(-n // world) * world, world)]
+    own = share(trainer, len(records))
     side = trainer.datamodule.target_size  # type: ignore[attr-defined]
     with evaluation(trainer, pl_module):
         pipeline = MultimodalPipeline.of(pl_module)  # type: ignore[arg-type]
         drawn = sample(pipeline, [records[i] for i in own], len(own), side=side, places=[places[i] for i in own])
-    return gathered(trainer, drawn, n)
+    return gathered(trainer, drawn, len(records))
+
+
+def share(trainer: Trainer, count: int) -> list[int]:
+    """This rank's of ``count`` things, as many as every other rank's: the last one again where there are not enough."""
+    world = trainer.world_size
+    return [min(i, count - 1) for i in range(trainer.global_rank, -(-count // world) * world, world)]
 
 
 def gathered(trainer: Trainer, own: Tensor, count: int) -> Tensor:
@@ -122,10 +133,6 @@ class HeldOutCallback(Callback, ABC):
     @abstractmethod
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the callback does with the pictures of this step."""
-
-    def table(self) -> str:
-        """What it has found, before and after, for the end of a run; "" for nothing."""
-        return ""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step

@@ -10,13 +10,12 @@ from lightning import LightningModule, Trainer
 from lightning_mmgen.answering import VisualInstructionTuning
 
 from .ema import evaluation
-from .held_out import HeldOutCallback
-from .rows import log_scores
+from .scoring import Evaluation
 
 
-class LanguageEvaluation(HeldOutCallback):
-    """The language loss on held-out texts, by themselves and without a picture: mean -log p of a token, before training, every ``every``
-    steps, and at the end; as ``held_out/language``, and as a table at the end. It rises where a model forgets.
+class LanguageEvaluation(Evaluation):
+    """The language loss on held-out texts, by themselves and without a picture: mean -log p of a token, as ``held_out/language``. It rises
+    where a model forgets.
 
     Args:
         every: optimizer steps between evaluations; 0 for before and after only.
@@ -25,13 +24,12 @@ class LanguageEvaluation(HeldOutCallback):
         batch_size: texts at a time.
     """
 
-    at_start = True
+    heading = "held-out texts"
+    titles = {"language": "language loss on texts"}
 
     def __init__(self, every: int = 0, count: int = 128, texts: str | None = None, batch_size: int = 32) -> None:
         super().__init__(every, count)
         self.texts, self.batch_size = texts, batch_size
-        self.before: float | None = None
-        self.after: float | None = None
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not isinstance(pl_module, VisualInstructionTuning):
@@ -40,10 +38,7 @@ class LanguageEvaluation(HeldOutCallback):
         parts = [texts[at : at + self.batch_size] for at in range(0, len(texts), self.batch_size)]
         with evaluation(trainer, pl_module):
             scores = [pl_module.language_score(part) for part in parts]
-        self.after = sum(total for total, _ in scores) / sum(count for _, count in scores)
-        if self.before is None:
-            self.before = self.after
-        log_scores(trainer, {"held_out/language": self.after})
+        self.tell(trainer, {"language": [sum(total for total, _ in scores) / sum(count for _, count in scores)]})
 
     def _texts(self, trainer: Trainer) -> list[str]:
         if self.texts is not None:
@@ -54,14 +49,3 @@ class LanguageEvaluation(HeldOutCallback):
         if not (found := [text for text in found if text]):
             raise ValueError(f"LanguageEvaluation: no captions in {self.texts or 'data.held_out'}; give texts, a file of one a line")
         return found
-
-    def table(self) -> str:
-        if self.before is None or self.after is None:
-            return ""
-        return f"{'language loss on texts':<28}{self.before:>16.3f}{self.after:>16.3f}"
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"before": self.before}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = state_dict["before"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from lightning import LightningModule, Trainer
@@ -30,10 +32,24 @@ def log_picture(trainer: Trainer, name: str, picture: Image) -> None:
             logger.log_image(key=name, images=[picture], step=trainer.global_step)
 
 
-def log_values(trainer: Trainer, values: dict[str, float], step: int) -> None:
+def log_values(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
     """Scalars to every logger at an optimizer step."""
     for logger in trainer.loggers:
-        logger.log_metrics(values, step)
+        logger.log_metrics(dict(values), step)
+
+
+_latest: WeakKeyDictionary[Trainer, dict[str, float]] = WeakKeyDictionary()
+
+
+def log_scores(trainer: Trainer, scores: Mapping[str, float]) -> None:
+    """The scores of an evaluation, by their full names (``held_out/clip_t``), at the current step."""
+    _latest.setdefault(trainer, {}).update(scores)
+    log_values(trainer, scores, trainer.global_step)
+
+
+def latest_scores(trainer: Trainer) -> dict[str, float]:
+    """The last value of every score of this process's evaluations, by full name."""
+    return dict(_latest.get(trainer, {}))
 
 
 class LoggedCallback(Callback):

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: scalars on every dashboard, and one JSONL row a picture in the run folder."""
+"""What an evaluation leaves behind of every picture: a JSONL row in the run folder, and the picture."""
 
 from __future__ import annotations
 
@@ -24,20 +24,7 @@ from .loggers import log_text
 FOLDER = "evaluation"
 """In the run folder: ``<name>.jsonl``, and the pictures, references and targets that its rows name."""
 
-_latest: WeakKeyDictionary[Trainer, dict[str, float]] = WeakKeyDictionary()
 _saved: WeakKeyDictionary[Trainer, tuple[int, int]] = WeakKeyDictionary()
-
-
-def log_scores(trainer: Trainer, scores: Mapping[str, float]) -> None:
-    """The scores of an evaluation to every logger, by their full names (``held_out/clip_t``), at the current step."""
-    _latest.setdefault(trainer, {}).update(scores)
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(scores), trainer.global_step)
-
-
-def latest_scores(trainer: Trainer) -> dict[str, float]:
-    """The last value of every score of this process's evaluations, by full name."""
-    return dict(_latest.get(trainer, {}))
 
 
 def write_rows(trainer: Trainer, name: str, looked: HeldOut, scores: Sequence[Mapping[str, float] | None], first: int = 0) -> Path | None:

@@ -19,10 +19,10 @@ from lightning_mmgen.data.streams import Stream
 from lightning_mmgen.folder import run_folder
 from lightning_mmgen.tools.runs import flat
 
-from .held_out import HeldOutCallback
 from .loggers import log_text
 from .picture_grid import PictureGrid
 from .random_state import everyone
+from .scoring import Evaluation
 
 PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "omegaconf", "jsonargparse")
 
@@ -98,7 +98,7 @@ class RunCard(Callback):
 
 def tables(trainer: Trainer) -> list[str]:
     """What the evaluations of a run found, a table each."""
-    return [table for c in trainer.callbacks if isinstance(c, HeldOutCallback) and (table := c.table())]  # type: ignore[attr-defined]
+    return [table for c in trainer.callbacks if isinstance(c, Evaluation) and (table := c.table())]  # type: ignore[attr-defined]
 
 
 def revision() -> str | None:

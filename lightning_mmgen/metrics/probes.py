@@ -145,28 +145,37 @@ class CopyPaste(PictureMean):
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and their records, [b]; nan where no reference or no target is to compare with."""
-        return torch.stack([self._excess(p, r) for p, r in zip(pictures, records, strict=True)])
+        out = pictures.new_full((len(pictures),), torch.nan, dtype=torch.float32)
+        shown = {i: [x.image for x in r.references if x.role in LIKENESSES] for i, r in enumerate(records) if r.target is not None}
+        if not (shown := {i: images for i, images in shown.items() if images}):
+            return out
+        side, at = min(pictures.shape[-2:]), [*shown]
+        targets = [crop_square(pixels(records[i].target), side) for i in at]  # type: ignore[arg-type]
+        references = [pixels(image, side) for images in shown.values() for image in images]
+        of = torch.tensor([k for k, images in enumerate(shown.values()) for _ in images], device=pictures.device)
+        drawn = torch.stack([crop_square(picture, side) for picture in pictures[at]])
+        own, others = self._nearest(torch.stack(references).to(drawn), torch.stack(targets).to(drawn), drawn, of)
+        total = torch.zeros(len(at), device=pictures.device).index_add(0, of, own - others)
+        out[at] = total / of.bincount()
+        return out
 
     @torch.no_grad()
-    def _excess(self, picture: Tensor, record: Record) -> Tensor:
-        shown = [r.image for r in record.references if r.role in LIKENESSES]
-        if not shown or record.target is None:
-            return picture.new_tensor(torch.nan)
-        side = min(picture.shape[-2:])
-        target = crop_square(pixels(record.target), side).to(picture.device)
-        drawn = picture if picture.shape == target.shape else crop_square(picture, side)
-        references = torch.stack([pixels(image, side).to(picture.device) for image in shown])
-        own, others = self._nearest(references, torch.stack([drawn, target]))
-        return (own - others).mean()
+    def _nearest(self, references: Tensor, targets: Tensor, drawn: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over the patches of each reference of the similarity with the nearest patch of its picture, and of its target, [r] each.
 
-    def _nearest(self, references: Tensor, pictures: Tensor) -> Tensor:
-        """Mean over the patches of each reference [r, 3, s, s] of the similarity with the nearest patch of each picture [p, 3, s, s],
-        [p, r]."""
-        r, every = len(references), torch.cat([references, pictures])
+        Args:
+            references: [r, 3, s, s].
+            targets, drawn: [p, 3, s, s].
+            of: the picture of each reference, [r].
+        """
+        r, p, every = len(references), len(drawn), torch.cat([references, drawn, targets])
         if self.features is not None:
-            patches = self.features.patches(every)  # [r + p, n, d]
-            return (patches[:r] @ patches[r:, None].mT).amax(-1).mean(-1)
+            patches = self.features.patches(every)  # [r + 2 p, n, d]
+            few, many = patches[:r], (patches[r : r + p], patches[r + p :])
+            drawn_nearest, target_nearest = ((few @ some[of].mT).amax(-1).mean(-1) for some in many)
+            return drawn_nearest, target_nearest
         small, size = interpolate(every.float(), (64, 64), mode="bilinear", antialias=True), 64 // self.SIDES
         few = unfold(small[:r], size, stride=size).mT  # [r, n, 3 s s]
-        many = unfold(small[r:], size, stride=size // 2).mT[:, None]  # [p, 1, m, 3 s s]
-        return (1 - torch.cdist(few, many, p=1).amin(-1) / (2 * few.shape[-1])).mean(-1)
+        patches = unfold(small[r:], size, stride=size // 2).mT  # [2 p, m, 3 s s]
+        own, others = (1 - torch.cdist(few, some[of], p=1).amin(-1) / (2 * few.shape[-1]) for some in (patches[:p], patches[p:]))
+        return own.mean(-1), others.mean(-1)

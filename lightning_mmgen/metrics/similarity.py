@@ -47,11 +47,12 @@ class SubjectSimilarity(PictureMean):
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and the pictures under ``extra["real"]`` of their records, [b]; nan where there are none."""
-        out = self.features.embed(pictures)
-        rows = [[self._square(p) for p in record.extra.get("real", ())] for record in records]
-        nothing = out.new_tensor(torch.nan)
-        means = [(self.features.embed(torch.stack(row)) @ v).mean() if row else nothing for v, row in zip(out, rows, strict=True)]
-        return torch.stack(means)
+        out = pictures.new_full((len(pictures),), torch.nan, dtype=torch.float32)
+        if shown := [i for i, record in enumerate(records) if record.extra.get("real")]:
+            for i, vector in zip(shown, self.features.embed(pictures[shown]), strict=True):
+                real = torch.stack([self._square(p) for p in records[i].extra["real"]])
+                out[i] = (self.features.embed(real) @ vector).mean()
+        return out
 
     def _square(self, picture: Picture) -> Tensor:
         """The middle square of a picture, of the model's side."""

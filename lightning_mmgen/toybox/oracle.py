@@ -123,9 +123,9 @@ def _silhouettes(blobs: Sequence[_Blob]) -> list[tuple[str, tuple[float, ...]]]:
     shapes = rough[..., 0].argmin(0)
     out: dict[int, tuple[str, tuple[float, ...]]] = {}
     for k, shape in enumerate(SHAPES):
-        some = np.flatnonzero(shapes == k)
+        some = np.flatnonzero(shapes == k).tolist()
         fine = _fit(shape, [blobs[i] for i in some], rough[k, some, 1:], (0.5, 0.25, 0.12))
-        out |= {int(i): (shape, tuple(at)) for i, (_, *at) in zip(some, fine.tolist(), strict=True)}
+        out |= {i: (shape, tuple(at)) for i, (_, *at) in zip(some, fine.tolist(), strict=True)}
     return [out[i] for i in range(len(blobs))]
 
 

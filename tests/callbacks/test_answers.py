@@ -59,10 +59,11 @@ def test_a_run_tells_accuracy_and_forgetting_and_its_checkpoint_answers_predicts
 ) -> None:
     cli = main(["fit", "-c", str(experiment)])
     answers, language = (next(c for c in cli.trainer.callbacks if isinstance(c, kind)) for kind in (AnswerEvaluation, LanguageEvaluation))
-    assert answers.before is not None and answers.asked == 5
-    assert language.before is not None and language.after is not None and language.after != language.before
+    assert len(answers.before["accuracy"]) == 5
+    (before,), (after,) = language.before["language"], language.after["language"]
+    assert after != before
     printed = capsys.readouterr().out
-    assert "answered word for word" in printed and f"{language.before:>16.3f}{language.after:>16.3f}" in printed
+    assert "answered word for word" in printed and f"{before:>16.3f}{after:>16.3f}" in printed
     assert {"loss/language", "loss", "data/bad_rows"} <= set(cli.trainer.callback_metrics)
 
     last = "runs/tiny/version_0/checkpoints/last.ckpt"
