@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_mmgen.data.datamodule import crop_square
-from lightning_mmgen.data.images import pixels
+from lightning_mmgen.data.images import open_picture, pixels
 from lightning_mmgen.metrics.clip import CLIPSimilarity
 from lightning_mmgen.metrics.distribution import FID, KID
 from lightning_mmgen.metrics.mean import PictureMean
@@ -44,7 +44,8 @@ class ReferenceEvaluation(PictureEvaluation):
             compared between equal numbers of pictures only; none by default.
         captions: score captions too (CLIP-T).
         probes: how many instructions are drawn again.
-        hiding: a reference is ``blank``, its tiles ``shuffle`` places, or it is swapped (``swap``) with one of the next record.
+        hiding: a reference is ``blank``, its tiles ``shuffle`` places, or it is swapped (``swap``) with one of another record: of the first
+            that shows something else, from the middle of the held-out set after it on (a suite has its prompts of one subject in a row).
         look: see :class:`PictureEvaluation`.
     """
 
@@ -140,18 +141,18 @@ class ReferenceEvaluation(PictureEvaluation):
         for i in probed:
             record = part.records[i]
             slot = (first + i) % max(len(record.references), 1)
-            other = self._next(trainer, first, part, i) if self.hiding == "swap" and record.references else None
+            other = self._other(trainer, first, part, i) if self.hiding == "swap" and record.references else None
             if record.references and (other is not None or self.hiding != "swap"):
                 out[i] = slot, hide(record, slot, self.hiding, other)
         return out
 
-    def _next(self, trainer: Trainer, first: int, part: HeldOut, i: int) -> Record | None:
-        """The next of all held-out records that shows anything, the first after the last; None where no other does."""
-        count = held_out_count(trainer, self.count)
-        for place in ((first + i + k) % count for k in range(1, count)):
+    def _other(self, trainer: Trainer, first: int, part: HeldOut, i: int) -> Record | None:
+        """The first of all held-out records that shows something else than this one, half of them further on; None where no other does."""
+        count, shown = held_out_count(trainer, self.count), [open_picture(r.image) for r in part.records[i].references]
+        for place in ((first + i + count // 2 + k) % count for k in range(count)):
             here = 0 <= place - first < len(part.records)
             record = part.records[place - first] if here else trainer.datamodule.held_out_records(1, place)[0]  # type: ignore[attr-defined]
-            if record.references:
+            if record.references and all(open_picture(r.image) not in shown for r in record.references):
                 return record
         return None
 

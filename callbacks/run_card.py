@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -29,7 +30,7 @@ PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers"
 
 class RunCard(Callback):
     """Writes ``run.json`` (command, versions, git revision, data fingerprint, seed) and the parameter table; the ``lightning`` command
-    adds it to every fit, and the resolved configuration as ``config.yaml`` beside it, its model alone as ``model.yaml`` (what
+    adds it to every fit and test, and the resolved configuration as ``config.yaml`` beside it, its model alone as ``model.yaml`` (what
     ``lightning test --model`` takes).
 
     Args:
@@ -57,15 +58,24 @@ class RunCard(Callback):
         folder = run_folder(trainer)
         if folder is None:
             return
+        self._write(trainer, folder, table)
+        if table is not None:
+            log_text(trainer, "parameters", table.markdown())
+        log_text(trainer, "config", "    " + self.config.replace("\n", "\n    "))
+
+    @rank_zero_only
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = run_folder(trainer)
+        if folder is not None and not (folder / "config.yaml").is_file():  # a test in a fit's folder leaves it its own
+            self._write(trainer, folder, getattr(pl_module, "table", None))
+
+    def _write(self, trainer: Trainer, folder: Path, table: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(self.config)
         (folder / "model.yaml").write_text(yaml.safe_dump((yaml.safe_load(self.config) or {}).get("model"), sort_keys=False))
         if table is not None:
             (folder / "parameters.txt").write_text(f"{table}\n")
         (folder / "run.json").write_text(json.dumps(self.facts(trainer), indent=2) + "\n")
-        if table is not None:
-            log_text(trainer, "parameters", table.markdown())
-        log_text(trainer, "config", "    " + self.config.replace("\n", "\n    "))
 
     def facts(self, trainer: Trainer) -> dict[str, Any]:
         """Plain values that name the code, the data and the command."""

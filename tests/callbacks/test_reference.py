@@ -12,13 +12,17 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning_mmgen.callbacks import ReferenceEvaluation, held_out, latest_scores, sample
+from lightning_mmgen.callbacks import HeldOut, ReferenceEvaluation, held_out, latest_scores, sample
 from lightning_mmgen.callbacks.held_out import gathered
+from PIL import Image
+from scipy.linalg import sqrtm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.datamodule import MultimodalDataModule, crop_square
+from lightning_mmgen.data.images import pixels
 from lightning_mmgen.metrics import CopyPaste, ReferenceSimilarity
 from lightning_mmgen.metrics.probes import hide
+from lightning_mmgen.models.features import Features
 from lightning_mmgen.pipeline import MultimodalPipeline
 
 from ..conftest import DROPOUT_ROWS
@@ -55,7 +59,7 @@ def look(looked: Looked, out: Path, data: MultimodalDataModule | None = None, **
     """What an evaluation without probes says of the model, before a step of another run in ``out``."""
     trainer = Trainer(accelerator="cpu", logger=CSVLogger(str(out), "", ""), enable_checkpointing=False, enable_progress_bar=False)
     trainer.datamodule = data or looked.cli.datamodule  # type: ignore[attr-defined]
-    callback = ReferenceEvaluation(count=3, probes=0, **given)
+    callback = ReferenceEvaluation(**{"count": 3, "probes": 0, **given})
     callback.setup(trainer, looked.cli.model, "fit")
     callback.on_train_start(trainer, looked.cli.model)
     return latest_scores(trainer)
@@ -96,6 +100,43 @@ def test_likeness_and_probes_leave_no_trace_and_are_what_they_say(looked: Looked
 def test_a_budget_ends_an_evaluation_after_a_batch(looked: Looked, clip: Path, tmp_path: Path) -> None:
     scores = look(looked, tmp_path, clip=str(clip), budget=0.0, batch_size=1)
     assert scores["held_out/scored"] == 1 and len(rows(tmp_path)) == 1
+
+
+def test_a_swapped_reference_is_of_another_part_or_another_subject(looked: Looked, clip: Path, tmp_path: Path) -> None:
+    for name, size in (("one", 1), ("all", 3)):
+        look(looked, tmp_path / name, clip=str(clip), probes=3, hiding="swap", batch_size=size)
+    alone, together = ([row["scores"]["ignored"] for row in rows(tmp_path / name)] for name in ("one", "all"))
+    assert len(alone) == 3 and min(alone) > 0 and alone == pytest.approx(together, abs=1e-6)
+
+    lines = []
+    for i, name in enumerate("aaba"):  # one subject again and again, and one other
+        Image.new("RGB", (16, 16), "red" if name == "a" else "blue").save(tmp_path / f"{name}.png")
+        lines.append({"instruction": f"[ref#1] toy {i}", "references": [{"marker": 1, "phrase": "toy", "image": f"{name}.png"}]})
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({**line, "target": "a.png"}) + "\n" for line in lines))
+    data = MultimodalDataModule("toybox", str(tmp_path / "held.jsonl"), target_size=16, reference_size=16)
+    data.setup("fit")
+    trainer: Any = SimpleNamespace(datamodule=data, fast_dev_run=False)
+    part = HeldOut(data.held_out_records(2), torch.zeros(2, 3, 16, 16))
+    hidden = ReferenceEvaluation(count=4, hiding="swap")._hidden(trainer, 0, part, [0, 1])
+    assert [record.references[slot].image.getpixel((0, 0)) for slot, record in hidden.values()] == [(0, 0, 255)] * 2  # type: ignore[union-attr]
+
+
+def test_fid_and_kid_are_of_all_pictures_and_their_targets_on_any_number_of_ranks(looked: Looked, clip: Path, tmp_path: Path) -> None:
+    scores = look(looked, tmp_path, clip=str(clip), distribution=str(clip), batch_size=2)
+    records, pictures = part = held_out(looked.cli.trainer, looked.cli.model, 3)
+    callbacks = [ReferenceEvaluation(clip=str(clip), distribution=str(clip)) for _ in range(2)]
+    for rank, callback in enumerate(callbacks):
+        callback.setup(looked.cli.trainer, looked.cli.model, "test")
+        callback._compare(SimpleNamespace(global_rank=rank, world_size=2), torch.device("cpu"), part, range(3))  # type: ignore[arg-type]
+    features = Features(str(clip))
+    real = torch.stack([crop_square(pixels(r.target), 16) for r in records])  # type: ignore[arg-type]
+    a, b = (features(group).double().numpy() for group in (pictures, real))
+    root = sqrtm(np.cov(a.T) @ np.cov(b.T)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(np.cov(a.T) + np.cov(b.T) - 2 * root)
+    first, second = (callback.distances["fid"] for callback in callbacks)
+    first.merge_state(second)
+    assert float(first.compute()) == pytest.approx(expected, rel=1e-2)
+    assert np.isfinite(scores["held_out/fid"]) and np.isfinite(scores["held_out/kid"])
 
 
 def test_what_ranks_drew_comes_back_in_the_order_of_the_records() -> None:
