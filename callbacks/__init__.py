@@ -19,6 +19,7 @@ from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .preemption import Preemption
 from .random_state import RandomState
+from .ratings import RatingsEvaluation
 from .reference import ReferenceEvaluation
 from .rows import write_rows
 from .run_card import RunCard
@@ -47,6 +48,7 @@ __all__ = [
     "PictureWriter",
     "Preemption",
     "RandomState",
+    "RatingsEvaluation",
     "ReferenceEvaluation",
     "RunCard",
     "Throughput",

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from .drift import DriftEvaluation
 from .loggers import latest_scores
+from .ratings import RatingsEvaluation
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "training": {
@@ -22,6 +23,9 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "scores": ["Multiline", ["held_out/(?!drift)"]],
         "drift: MSE": ["Multiline", ["held_out/drift_mse"]],
         "drift: PSNR, SSIM": ["Multiline", ["held_out/drift_(psnr|ssim)"]],
+        "SC by task": ["Multiline", ["ratings/sc/"]],
+        "PQ by task": ["Multiline", ["ratings/pq/"]],
+        "O by task": ["Multiline", ["ratings/o_instruct_imagen/"]],
     },
     "machine and data": {
         "samples per second": ["Multiline", ["throughput/samples_per_second"]],
@@ -31,6 +35,8 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
     },
 }
 """Charts of TensorBoard's *custom scalars*, by group; each line is a tag that begins with one of the patterns."""
+NEEDED = {"drift": DriftEvaluation, "by task": RatingsEvaluation}
+"""What fills the charts of these names."""
 
 
 class Dashboard(Callback):
@@ -62,8 +68,12 @@ class Dashboard(Callback):
 
 def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     """``LAYOUT`` without the charts that this run leaves empty."""
-    edits = any(isinstance(c, DriftEvaluation) for c in trainer.callbacks)  # type: ignore[attr-defined]
-    return {group: {name: lines for name, lines in charts.items() if edits or "drift" not in name} for group, charts in LAYOUT.items()}
+    kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
+    empty = [words for words, kind in NEEDED.items() if kind not in kinds]
+    return {
+        group: {name: lines for name, lines in charts.items() if not any(words in name for words in empty)}
+        for group, charts in LAYOUT.items()
+    }
 
 
 def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
