@@ -1,11 +1,11 @@
 """What the search stage of ``mmgen build clusters`` costs: rows per second and peak memory, on random clustered embeddings.
 
-    python benchmarks/clusters.py [--rows 1000000] [--width 768] [--index ivfpq] [--queries 20000]
+    python benchmarks/clusters.py [--rows 1000000] [--width 768] [--index auto] [--queries 20000]
 
-Embeddings lie around random centres, two hundred to a centre, in one domain, in a file of the layout that the builder writes. The index
-is built from all rows; ``--queries`` of them are looked up and their duplicates dropped, as the builder does. Prints seconds of the index,
-rows per second of the search, the hours that all rows would take, the recall of the ten neighbours against all cosines, and the peak of the
-memory that is not a mapped file, beside the size of the embeddings.
+Embeddings lie around random centres, two hundred to a centre, in one domain, in a file of the layout that the builder writes. From there on
+it is the builder: an index of all rows, and for ``--queries`` of them neighbours, duplicates, records and the journal. Prints seconds of
+the index, rows per second of the rest, the hours that all rows would take, the recall of the ten neighbours against all cosines, and the
+peak of the memory that is not a mapped file, beside the size of the embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +23,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PILImage
 
-from lightning_mmgen.build.clusters import QUERIES, Chooser, Clustering
+from lightning_mmgen.build.clusters import QUERIES, Clustering, look_up
 from lightning_mmgen.build.corpus import open_corpus
+from lightning_mmgen.build.journal import Journal
 from lightning_mmgen.build.neighbours import BLOCK, Neighbours
 
 NEAREST = 10
+CHECKED = 200
+"""Rows whose neighbours are held against all cosines."""
 
 
 def resident() -> int:
@@ -98,29 +100,26 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--index", choices=["flat", "ivfpq"], default="ivfpq")
+    parser.add_argument("--index", choices=["auto", "flat", "ivfpq"], default="auto")
     parser.add_argument("--queries", type=int, default=20_000, help="rows to look up")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         vectors, corpus = embeddings(folder / "vectors.f16", args.rows, args.width), open_corpus(str(captions(folder, args.rows)))
-        counts: Counter[str] = Counter()
-        chooser, found = Chooser(Clustering(duplicate=0.9), corpus, folder, counts), {}
+        settings, journal = Clustering(duplicate=0.9), Journal(folder / "out", {})
+        asked = np.random.default_rng(1).permutation(args.rows)[: args.queries]
         before, start = resident(), time.perf_counter()
         with peak() as most:
             index = Neighbours(vectors, np.arange(args.rows), args.index)
             built = time.perf_counter() - start
-            asked = np.random.default_rng(1).permutation(args.rows)[: args.queries]
-            start = time.perf_counter()
             for at in range(0, len(asked), QUERIES):
-                for row, near, cosines in index.search(np.sort(asked[at : at + QUERIES]), NEAREST):
-                    counts["clusters"] += len(chooser.choose([row, *near], cosines)) >= 4
-                    if len(found) < 200:
-                        found[row] = near
-            rate = len(asked) / (time.perf_counter() - start)
-        hours = args.rows / rate / 3600
-        print(f"{args.index}, {args.rows} rows of {args.width}: index in {built:.1f} s; {rate:.0f} rows/s, {hours:.2f} h for all")
-        print(f"recall of {NEAREST}: {recall(vectors, found):.3f}; of {len(asked)} rows: {dict(counts)}")
+                look_up(index, np.sort(asked[at : at + QUERIES]), settings, corpus, folder, journal, str(at))
+            journal.finish()
+            rate = len(asked) / (time.perf_counter() - start - built)
+        kind, hours = "flat" if index.wider == 1 else "ivfpq", args.rows / rate / 3600
+        print(f"{kind}, {args.rows} rows of {args.width}: index in {built:.1f} s; {rate:.0f} rows/s, {hours:.2f} h for all")
+        found = {row: near for row, near, _ in index.search(asked[:CHECKED], NEAREST)}
+        print(f"recall of {NEAREST}: {recall(vectors, found):.3f}; of {len(asked)} rows: {dict(journal.counts)}")
         used, size = (most[0] - before) / 1e6, vectors.nbytes / 1e6
         print(f"memory: {used:.0f} MB above {before / 1e6:.0f} MB; the embeddings have {size:.0f} MB on disk")
 

@@ -38,7 +38,7 @@ class Clustering:
         duplicate: a picture is dropped whose cosine with one before it in the cluster is higher. The paper does not state its limit.
         size: most pictures of a cluster, its target among them.
         min_size: smaller clusters are dropped; 4 are a target and the three pictures of its context.
-        index: ``flat`` or ``ivfpq``.
+        index: ``flat``, ``ivfpq``, or ``auto``; see :class:`~lightning_mmgen.build.neighbours.Neighbours`.
 
     Raises:
         ValueError: a number out of its range.
@@ -48,7 +48,7 @@ class Clustering:
     duplicate: float = 0.96
     size: int = 5
     min_size: int = 4
-    index: str = "flat"
+    index: str = "auto"
 
     def __post_init__(self) -> None:
         if not 2 <= self.min_size <= self.size <= self.neighbours + 1:
@@ -145,16 +145,23 @@ def _search(vectors: Vectors, settings: Clustering, corpus: Corpus, images: Path
             continue
         neighbours = Neighbours(vectors.read(), rows, settings.index)
         for key in tqdm(todo, desc=f"domain {domain}", unit="block", disable=None):
-            counts: Counter[str] = Counter()
-            chooser = Chooser(settings, corpus, images, counts)
-            records = []
-            for row, near, cosines in neighbours.search(rows[key[1] : key[1] + QUERIES], settings.neighbours):
-                pairs = chooser.choose([row, *near], cosines)
-                small = len(pairs) < settings.min_size
-                counts["clusters under --min-size" if small else "clusters"] += 1
-                if not small:
-                    records.append(record(pairs, images, journal.out))
-            journal.add(str(key), records, dict(counts))
+            look_up(neighbours, rows[key[1] : key[1] + QUERIES], settings, corpus, images, journal, str(key))
+
+
+def look_up(
+    neighbours: Neighbours, rows: npt.NDArray[np.int64], settings: Clustering, corpus: Corpus, images: Path, journal: Journal, key: str
+) -> None:
+    """Note the clusters of some rows, as one item of the journal."""
+    counts: Counter[str] = Counter()
+    chooser = Chooser(settings, corpus, images, counts)
+    records = []
+    for row, near, cosines in neighbours.search(rows, settings.neighbours):
+        pairs = chooser.choose([row, *near], cosines)
+        small = len(pairs) < settings.min_size
+        counts["clusters under --min-size" if small else "clusters"] += 1
+        if not small:
+            records.append(record(pairs, images, journal.out))
+    journal.add(key, records, dict(counts))
 
 
 def record(pairs: dict[int, Pair], images: Path, out: Path) -> Record:

@@ -21,6 +21,8 @@ TRAINING = 64
 """Rows a centroid that the index is trained on."""
 LEAST = 39
 """Rows a centroid, below which FAISS warns."""
+MOST_FLAT = 100_000
+"""Rows up to which ``auto`` is exact: an exact look-up of all rows takes time with their square."""
 LEAST_FOR_PQ = LEAST * 256
 """A product quantizer has 256 centroids."""
 WIDER = 4
@@ -34,11 +36,12 @@ class Neighbours:
         vectors: of all rows, of length 1, [n, d], mapped into memory.
         rows: numbers of those that count, [m].
         kind: ``flat``, exact, 2 d bytes a row; or ``ivfpq``, inverted lists of product-quantized rows (Jegou et al. 2011), about
-            d / 8 bytes a row. Few rows are always flat.
+            d / 8 bytes a row; or ``auto``, the first up to ``MOST_FLAT`` rows and the second beyond. Few rows are always flat.
     """
 
-    def __init__(self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64], kind: str = "flat") -> None:
+    def __init__(self, vectors: npt.NDArray[np.float16], rows: npt.NDArray[np.int64], kind: str = "auto") -> None:
         self.vectors, self.rows = vectors, rows
+        kind = kind if kind != "auto" else "flat" if len(rows) <= MOST_FLAT else "ivfpq"
         self.wider = WIDER if kind == "ivfpq" and len(rows) >= LEAST_FOR_PQ else 1
         self.index = self._trained() if self.wider > 1 else self._flat()
         for start in range(0, len(rows), BLOCK):

@@ -182,7 +182,9 @@ def _clusters(command: argparse.ArgumentParser) -> None:
     command.add_argument("--duplicate", type=float, default=0.96, help="a cosine above it is a near-duplicate")
     command.add_argument("--size", type=int, default=5, help="most pictures of a cluster, its target among them")
     command.add_argument("--min-size", type=int, default=4, help="drop smaller clusters")
-    command.add_argument("--index", choices=["flat", "ivfpq"], default="flat", help="exact, or compressed for over 100,000 pictures")
+    command.add_argument(
+        "--index", choices=["auto", "flat", "ivfpq"], default="auto", help="exact, or compressed; auto compresses domains of over 100,000"
+    )
     command.add_argument("--engine", choices=["local", "ray"], default="local", help="what runs the embedding")
     command.add_argument("--batch-size", type=int, default=64, help="pictures a batch")
     command.add_argument("--workers", type=int, default=0, help="processes that read pictures; on Ray, actors that embed")

@@ -314,13 +314,14 @@ def clustered(rows: int, width: int) -> npt.NDArray[np.float16]:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float16)
 
 
-@pytest.mark.parametrize(("kind", "recall"), [("flat", 1.0), ("ivfpq", 0.9)])
-def test_neighbours_are_those_of_all_cosines(kind: str, recall: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("kind", "most", "recall"), [("flat", 0, 1.0), ("auto", 2500, 1.0), ("auto", 2499, 0.9)])
+def test_neighbours_are_those_of_all_cosines(kind: str, most: int, recall: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "LEAST_FOR_PQ", 2000)
+    monkeypatch.setattr(neighbours, "MOST_FLAT", most)
     vectors = clustered(3000, 16)
     rows = np.arange(len(vectors))[500:]
     index = Neighbours(vectors, rows, kind)
-    assert (index.wider > 1) == (kind == "ivfpq")
+    assert (index.wider > 1) == (recall < 1)
     whole = vectors.astype(np.float32)
     found = 0
     for row, near, cosines in index.search(rows[:200], 10):
