@@ -30,6 +30,10 @@ def build(args: argparse.Namespace) -> str:
         from ..build.questions import Questions, build_questions
 
         return build_questions(_settings(Questions, args), args.out, Shard.parse(args.shard))
+    if args.action == "subjects":
+        from ..build.subjects import Subjects, build_subjects
+
+        return build_subjects(_settings(Subjects, args), args.out, Shard.parse(args.shard))
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.action == "crops":
         from ..build import crops

@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     _photos(build.add_parser("photos", help="a folder of pictures, filtered, cropped around people and captioned"))
     _masks(build.add_parser("masks", help="a segmentation of every box of records"))
     _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
+    _subjects(build.add_parser("subjects", help="a folder of pictures a subject: each a target, others of its subject as references"))
     _edits(build.add_parser("edits", help="published edits: a source, an instruction, a target"))
     _attention(build.add_parser("attention", help="where a diffusion model looks for each word of a caption"))
     _questions(build.add_parser("questions", help="published pictures with questions and answers, or captions"))
@@ -189,6 +190,17 @@ def _clusters(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=64, help="pictures a batch")
     command.add_argument("--workers", type=int, default=0, help="processes that read pictures; on Ray, actors that embed")
     _common(command)
+
+
+def _subjects(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", required=True, metavar="DIR", help="with a folder of pictures for each subject")
+    command.add_argument(
+        "--classes", default="", metavar="FILE", help="lines FOLDER,WORDS: what each subject is called; its folder by default"
+    )
+    command.add_argument("--captions", default="", metavar="FILE|DIR", help="COCO JSON, JSONL rows {image, caption} or a folder of .txt")
+    command.add_argument("--references", type=int, default=3, help="most pictures beside a target")
+    command.add_argument("--min-size", type=int, default=2, help="drop subjects of fewer pictures")
+    _output(command)
 
 
 def _edits(command: argparse.ArgumentParser) -> None:
