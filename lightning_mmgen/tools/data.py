@@ -134,8 +134,9 @@ def preview(
     target_size: int = 64,
     count: int = 12,
     crops: bool = False,
+    spread: bool = False,
 ) -> Path:
-    """Draw the first records of a file as the model sees them: the prompt with its tokens, the references and the target after
+    """Draw records of a file as the model sees them: the prompt with its tokens, the references and the target after
     their transforms. A row that cannot be used is shown as its error, in red.
 
     Args:
@@ -144,8 +145,9 @@ def preview(
         encoder: hub name, local folder or ``toybox/<part>`` of an Idefics2; only its configuration and tokenizer are read.
         image_tokens: tokens of a reference; they set its size in pixels.
         target_size: side in pixels of the target.
-        count: how many records.
+        count: how many records, from the first on.
         crops: as :class:`~lightning_mmgen.data.crops.CropDataModule` trains on them by default.
+        spread: so many at equal distances from the first to the last instead, for files that are sorted by subject, say.
 
     Returns:
         The path of the page.
@@ -158,7 +160,9 @@ def preview(
         raise ValueError(f"count must be 1 or more, not {count}")
     source, reader = open_source(file), Idefics2Encoder(encoder, image_tokens)
     recipe = (CropRecipe if crops else Recipe)(reader.reference_size, target_size)
-    rows = [_row(source, i, reader, recipe) for i in range(min(count, len(source)))]
+    count = min(count, len(source))
+    numbers = np.linspace(0, len(source) - 1, count).round().astype(int).tolist() if spread else range(count)
+    rows = [_row(source, i, reader, recipe) for i in numbers]
     page = PILImage.new("RGB", (WIDTH, sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:

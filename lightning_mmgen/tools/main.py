@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     preview.add_argument("--image-tokens", type=int, default=25, help="token budget of a reference")
     preview.add_argument("--target-size", type=int, default=64, help="pixels")
     preview.add_argument("--count", type=int, default=12, help="records")
+    preview.add_argument("--spread", action="store_true", help="from all over the file, not the first ones")
     preview.add_argument("--crops", action="store_true", help="as CropDataModule trains on them: crops before their words")
 
     build = subs.add_parser("build", help="make records").add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -294,7 +295,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.action == "check":
             return data.check(args.file)
-        print(data.preview(args.file, args.out, args.encoder, args.image_tokens, args.target_size, args.count, args.crops))
+        print(data.preview(args.file, args.out, args.encoder, args.image_tokens, args.target_size, args.count, args.crops, args.spread))
         return 0
     if args.command == "build":
         from .build import build

@@ -105,6 +105,15 @@ def test_preview_is_a_page_with_a_strip_for_each_record(file: Path) -> None:
     assert heights[0] >= 200 and 4 * heights[0] < heights[1] < heights[2]
 
 
+def test_preview_shows_rows_from_all_over_the_file_where_asked(tmp_path: Path) -> None:
+    source, greens = ToyboxSource({"caption": 1.0}), [(0, 10 + i, 0) for i in range(9)]
+    records = [replace(source.record(i), target=PILImage.new("RGB", (8, 8), green), boxes=()) for i, green in enumerate(greens)]
+    file = write_jsonl(records, tmp_path)
+    for spread, shown in ((False, {0, 1, 2}), (True, {0, 4, 8})):
+        seen = colours(preview(str(file), tmp_path / "page.png", target_size=8, count=3, spread=spread))
+        assert {i for i, green in enumerate(greens) if green in seen} == shown
+
+
 def test_preview_shows_the_pictures_as_the_model_gets_them(tmp_path: Path) -> None:
     """A wide blue reference gets black bars, a wide green target loses its red sides."""
     target = PILImage.new("RGB", (40, 20), (255, 0, 0))
