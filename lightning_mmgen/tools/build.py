@@ -48,6 +48,10 @@ def build(args: argparse.Namespace) -> str:
         from ..build.synthetic import Synthetic, build_synthetic
 
         return build_synthetic(_settings(Synthetic, args), args.out, **run)
+    if args.action == "styled":
+        from ..build.styled import Styled, build_styled
+
+        return build_styled(_settings(Styled, args), args.out, **run)
     if args.action == "photos":
         from ..build.photos import Photos, build_photos
 

@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     build = subs.add_parser("build", help="make records").add_subparsers(dest="action", required=True, metavar="ACTION")
     _crops(build.add_parser("crops", help="captioned pictures to records with the boxes of their phrases"))
     _synthetic(build.add_parser("synthetic", help="pictures that a text-to-image model draws of contents in styles"))
+    _styled(build.add_parser("styled", help="those pictures as styled generation or style transfer"))
     _photos(build.add_parser("photos", help="a folder of pictures, filtered, cropped around people and captioned"))
     _masks(build.add_parser("masks", help="a segmentation of every box of records"))
     _clusters(build.add_parser("clusters", help="captioned pictures with their nearest neighbours as references"))
@@ -132,6 +133,20 @@ def _synthetic(command: argparse.ArgumentParser) -> None:
     command.add_argument("--min-pickscore", type=float, help="drop pictures below it; the report has the quantiles to choose from")
     command.add_argument("--seed", type=int, default=0, help="of the draw of styles and of the noise")
     command.add_argument("--batch-size", type=int, default=8, help="pictures a batch")
+    _common(command)
+
+
+def _styled(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--records", required=True, metavar="FILE", help="records.jsonl of `mmgen build synthetic`")
+    command.add_argument("--contents", required=True, metavar="FILE", help="that it was given")
+    command.add_argument("--styles", required=True, metavar="FILE", help="that it was given")
+    command.add_argument("--task", choices=["styled", "style_transfer"], default="styled", help="contents in words, or by a picture")
+    command.add_argument("--clip", default="openai/clip-vit-large-patch14", help="hub name or folder of a CLIP")
+    command.add_argument(
+        "--min-style", type=float, help="drop targets whose cosine with the style's picture is lower; no filter by default"
+    )
+    command.add_argument("--min-caption", type=float, help="the same with the words of the content")
+    command.add_argument("--batch-size", type=int, default=64, help="pictures a batch")
     _common(command)
 
 
