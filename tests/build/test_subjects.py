@@ -70,14 +70,13 @@ def test_records_are_what_instruction_tuning_calls_subjects(arguments: list[str]
     source = str(tmp_path / "out" / "records.jsonl")
     data = InstructionDataModule({"subjects": source}, {"subjects": 1.0}, source, reference_size=16, target_size=16)
     data.setup("fit")
-    for held_out in (False, True):
-        samples = [RecordDataset(data.train, data.recipe, 0)[Position(i, 0)] for i in range(6)] if not held_out else []
-        records = data.held_out_records(6) if held_out else [s.record for s in samples if isinstance(s, Sample)]
+    items = [RecordDataset(data.train, data.recipe, 0)[Position(i, 0)] for i in range(6)]
+    for records in ([item.record for item in items if isinstance(item, Sample)], data.held_out_records(6)):
         assert len(records) == 6 and {r.caption for r in records} == {"a cat", "a blue mug"}
-        assert all(
-            r.caption in r.instruction and f"[ref#1] {'' if len(r.references) == 1 else '[ref#2] '}" in r.instruction for r in records
-        )  # type: ignore[operator]
-        assert not any(r.instruction.startswith("Generate an image of [ref#1] [ref#2] [ref#3] cat, using the caption") for r in records)
+        for record in records:
+            words = "[ref#1] [ref#2] [ref#3] cat" if record.caption == "a cat" else "[ref#1] blue mug"
+            assert words in record.instruction and str(record.caption) in record.instruction.replace(words, "")
+        assert len({r.instruction for r in records}) > 2  # templates are drawn anew
 
 
 def test_shards_equal_one_run_and_folders_name_subjects_without_classes(arguments: list[str], tmp_path: Path) -> None:
