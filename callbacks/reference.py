@@ -10,8 +10,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from lightning_mmgen.data.datamodule import crop_square
-from lightning_mmgen.data.images import open_picture, pixels
+from lightning_mmgen.data.images import crop_square, open_picture, pixels
 from lightning_mmgen.metrics.clip import CLIPSimilarity
 from lightning_mmgen.metrics.distribution import FID, KID
 from lightning_mmgen.metrics.mean import PictureMean

@@ -14,7 +14,7 @@ from lightning_mmgen.metrics.following import interval
 from lightning_mmgen.prompt import Record
 
 from .held_out import HeldOut, HeldOutCallback, gathered, held_out_parts, share
-from .loggers import log_scores
+from .loggers import log_scores, log_values
 from .rows import write_rows
 
 Found = dict[str, list[float]]
@@ -37,13 +37,18 @@ class Evaluation(HeldOutCallback):
 
     def __init__(self, every: int = 0, count: int = 64) -> None:
         super().__init__(every, count)
-        self.before: Found = {}
-        self.after: Found = {}
+        self.before: dict[str, Any] = {}
+        self.after: dict[str, Any] = {}
 
     def tell(self, trainer: Trainer, found: Found, **counts: float) -> None:
         """Log the means as ``held_out/<name>``, and keep the scores for the table; counts are logged alone."""
         means = {name: float(torch.tensor(values, dtype=torch.float64).mean()) for name, values in found.items()}
-        log_scores(trainer, {f"held_out/{name}": value for name, value in (means | counts).items()})
+        log_scores(trainer, {f"held_out/{name}": value for name, value in means.items()})
+        log_values(trainer, {f"held_out/{name}": value for name, value in counts.items()}, trainer.global_step)
+        self.keep(found)
+
+    def keep(self, found: dict[str, Any]) -> None:
+        """What the table shows: the first look, and the last."""
         self.before, self.after = (self.before, found) if self.before else (found, {})
 
     def table(self) -> str:
@@ -110,7 +115,7 @@ class PictureEvaluation(Evaluation):
         return {}
 
     def look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows: list[dict[str, float]] = []
+        rows: list[tuple[Record, dict[str, float]]] = []
         drawn = bad = 0
         for first, part in held_out_parts(trainer, pl_module, self.count, self.batch_size, self.budget):
             finite = part.pictures.isfinite().flatten(1).all(1).tolist()
@@ -120,14 +125,17 @@ class PictureEvaluation(Evaluation):
                 for i, values in zip(good, zip(*(column.tolist() for column in columns.values()), strict=True), strict=True):
                     scores[i] = {name: value for name, value in zip(columns, values, strict=True) if value == value}
             write_rows(trainer, self.name, part, scores, first)
-            rows += [row for row in scores if row is not None]
+            rows += [(record, row) for record, row in zip(part.records, scores, strict=True) if row is not None]
             drawn, bad = drawn + len(finite), bad + finite.count(False)
         if not rows:
             raise ValueError(f"{type(self).__name__}: {self.nothing}")
-        names = dict.fromkeys(name for row in rows for name in row)
-        found = {name: [row[name] for row in rows if name in row] for name in names}
-        found |= {name: [value] for name, value in self.together(trainer).items()}
-        self.tell(trainer, found, scored=drawn - bad, bad_pictures=bad)
+        self.sum_up(trainer, rows, scored=drawn - bad, bad_pictures=bad)
+
+    def sum_up(self, trainer: Trainer, rows: Sequence[tuple[Record, dict[str, float]]], **counts: float) -> None:
+        """Log and keep what a look found, of the same rows on all ranks."""
+        names = dict.fromkeys(name for _, row in rows for name in row)
+        found = {name: [row[name] for _, row in rows if name in row] for name in names}
+        self.tell(trainer, found | {name: [value] for name, value in self.together(trainer).items()}, **counts)
 
     def _shared(self, trainer: Trainer, pl_module: LightningModule, part: HeldOut, good: Sequence[int]) -> dict[str, Tensor]:
         """The scores of the pictures ``good``, each computed on one rank."""

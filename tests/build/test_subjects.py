@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from lightning_mmgen.data.datamodule import Position, RecordDataset, Sample
 from lightning_mmgen.data.instructions import InstructionDataModule
+from lightning_mmgen.data.order import Position, RecordDataset
+from lightning_mmgen.data.recipe import Sample
 from lightning_mmgen.data.sources import JSONLSource
 from lightning_mmgen.tools.data import check
 from lightning_mmgen.tools.main import main

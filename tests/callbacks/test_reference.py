@@ -18,8 +18,8 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_mmgen.data.datamodule import MultimodalDataModule, crop_square
-from lightning_mmgen.data.images import pixels
+from lightning_mmgen.data.datamodule import MultimodalDataModule
+from lightning_mmgen.data.images import crop_square, pixels
 from lightning_mmgen.metrics import CopyPaste, ReferenceSimilarity
 from lightning_mmgen.metrics.probes import hide
 from lightning_mmgen.models.features import Features

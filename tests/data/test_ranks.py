@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mmgen.data.datamodule import OrderedSampler
+from lightning_mmgen.data.order import OrderedSampler
 from lightning_mmgen.data.shards import write_shards
 from lightning_mmgen.data.sources import ToyboxSource, write_jsonl
 
