@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from ..data.images import Edges, crop_square, pixels
+from ..data.images import Edges, crop_square, open_picture, pixels
 from ..models.features import Features, as_features
 from ..prompt import Picture, Record
 from .mean import PictureMean
@@ -33,6 +34,32 @@ class ImageSimilarity(PictureMean):
         return cosine_similarity(self.features.embed(pictures), self.features.embed(sources), dim=-1)
 
 
+class Known:
+    """Vectors of pictures that come again and again, as references and real pictures do, each computed once.
+
+    Args:
+        features: of the vectors, which have length 1.
+        prepare: a picture [3, h, w] as [1, 3, s, s].
+    """
+
+    MOST = 10_000  # pictures
+
+    def __init__(self, features: Features, prepare: Callable[[Tensor], Tensor]) -> None:
+        self.features, self.prepare = features, prepare
+        self.vectors: dict[bytes, Tensor] = {}
+
+    def __call__(self, pictures: Sequence[Picture], device: torch.device) -> Tensor:
+        """The vectors of some pictures, [b, d]."""
+        opened = [open_picture(picture) for picture in pictures]
+        keys = [blake2b(image.tobytes(), key=str(image.size).encode()).digest() for image in opened]
+        if len(self.vectors) + len(keys) > self.MOST:
+            self.vectors.clear()
+        if new := {key: image for key, image in zip(keys, opened, strict=True) if key not in self.vectors}:
+            embedded = self.features.embed(torch.cat([self.prepare(pixels(image).to(device)) for image in new.values()]))
+            self.vectors |= zip(new, embedded.cpu(), strict=True)
+        return torch.stack([self.vectors[key] for key in keys]).to(device)
+
+
 class SubjectSimilarity(PictureMean):
     """Mean pairwise cosine of each generated picture with each real picture of its subject (DreamBooth, section 4.2: CLIP-I of
     ``openai/clip-vit-base-patch32``, DINO of ``facebook/dino-vits16``).
@@ -44,19 +71,18 @@ class SubjectSimilarity(PictureMean):
     def __init__(self, pretrained: str | Features = "openai/clip-vit-base-patch32") -> None:
         super().__init__()
         self.features = as_features(pretrained)
+        self.known = Known(self.features, self._square)
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and the pictures under ``extra["real"]`` of their records, [b]; nan where there are none."""
         out = pictures.new_full((len(pictures),), torch.nan, dtype=torch.float32)
         if shown := [i for i, record in enumerate(records) if record.extra.get("real")]:
             for i, vector in zip(shown, self.features.embed(pictures[shown]), strict=True):
-                real = torch.stack([self._square(p) for p in records[i].extra["real"]])
-                out[i] = (self.features.embed(real) @ vector).mean()
+                out[i] = (self.known(records[i].extra["real"], pictures.device) @ vector).mean()
         return out
 
-    def _square(self, picture: Picture) -> Tensor:
-        """The middle square of a picture, of the model's side."""
-        return crop_square(pixels(picture), self.features.side).to(self.device)
+    def _square(self, picture: Tensor) -> Tensor:
+        return crop_square(picture, self.features.side)[None]
 
 
 class ReferenceSimilarity(PictureMean):
@@ -73,10 +99,14 @@ class ReferenceSimilarity(PictureMean):
     def __init__(self, pretrained: str | Features = "openai/clip-vit-large-patch14", regions: Regions | None = None) -> None:
         super().__init__()
         self.features, self.regions = as_features(pretrained), regions or RecordBoxes()
+        self.known = Known(self.features, self._whole)
 
     def score(self, pictures: Tensor, records: Sequence[Record]) -> Tensor:
         """Of pictures [b, 3, H, W] in [-1, 1] and their records, [b]; nan where no reference counts."""
         return torch.stack([each.nanmean() for each in self.each(pictures, records)])
+
+    def _whole(self, picture: Tensor) -> Tensor:
+        return self.features.fit(picture[None])
 
     def each(self, pictures: Tensor, records: Sequence[Record]) -> list[Tensor]:
         """The score of each reference of each picture, by slot; nan where it does not count."""
@@ -90,10 +120,9 @@ class ReferenceSimilarity(PictureMean):
         """The cosines of the references ``at`` (picture, slot); nan for the others."""
         out = [torch.full((len(record.references),), torch.nan, device=pictures.device) for record in records]
         if at:
-            shown = [pixels(records[i].references[k].image).to(pictures.device) for i, k in at]
-            drawn = [cut(pictures[i], regions[i][k]) for i, k in at]
-            first, second = (self.features.embed(torch.cat([self.features.fit(p[None]) for p in group])) for group in (drawn, shown))
-            for (i, k), cosine in zip(at, (first * second).sum(-1), strict=True):
+            drawn = self.features.embed(torch.cat([self.features.fit(cut(pictures[i], regions[i][k])[None]) for i, k in at]))
+            shown = self.known([records[i].references[k].image for i, k in at], pictures.device)
+            for (i, k), cosine in zip(at, (drawn * shown).sum(-1), strict=True):
                 out[i][k] = cosine
         return out
 

@@ -154,6 +154,7 @@ def test_each_suite_runs_through_the_command_line(
         "dreambench": ("reference", 4, {"clip_i_real", "dino_real", "clip_t", "copy_paste", "ignored"}),
         "partiprompts": ("reference", 2, {"clip_t"}),
     }[suite.stem]
+    assert {"config.yaml", "model.yaml", "parameters.txt", "run.json"} <= {path.name for path in out.iterdir()}
     found = scores[expected[0]]
     assert len(found) == expected[1] and all(expected[2] <= row.keys() for row in found)
     assert {"edits": "", "toybox_tasks": "O, ImagenHub"}.get(suite.stem, "caption, CLIP-T") in capsys.readouterr().out
