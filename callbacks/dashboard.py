@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from .drift import DriftEvaluation
 from .loggers import latest_scores
 from .ratings import RatingsEvaluation
+from .scoring import COUNTS
 
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "training": {
@@ -90,6 +91,7 @@ def hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, A
 
 
 def final_scores(trainer: Trainer) -> dict[str, float]:
-    """The last value of every score of the evaluations, and of the loss."""
+    """The last value of every score of the evaluations, counts apart, and of the loss."""
     loss = trainer.callback_metrics.get("loss")
-    return latest_scores(trainer) | ({} if loss is None else {"loss": float(loss)})
+    scores = {name: value for name, value in latest_scores(trainer).items() if name not in COUNTS}
+    return scores | ({} if loss is None else {"loss": float(loss)})

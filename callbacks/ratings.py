@@ -15,7 +15,7 @@ from lightning_mmgen.metrics.ratings import Ratings
 from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.prompt import Record
 
-from .loggers import log_scores, log_values
+from .loggers import log_scores
 from .scoring import PictureEvaluation
 
 SCORES = {"sc": "SC", "pq": "PQ", "o_instruct_imagen": "O", "o_imagenhub": "O, ImagenHub", "accuracy": "accuracy"}
@@ -42,8 +42,8 @@ class RatingsEvaluation(PictureEvaluation):
                 rated[record.task].append((row["sc"], row["pq"]))
         found = {task: summary(rated[task]) for task in sorted(rated)}
         log_scores(trainer, {f"ratings/{name}/{task}": scores[name] for task, scores in found.items() for name in SCORES})
-        log_scores(trainer, {f"held_out/{name}": mean(found, name) for name in SCORES if found})
-        log_values(trainer, {f"held_out/{name}": value for name, value in counts.items()}, trainer.global_step)
+        means = {name: mean(found, name) for name in SCORES if found}
+        log_scores(trainer, {f"held_out/{name}": value for name, value in (means | counts).items()})
         self.keep(found)
 
     def table(self) -> str:

@@ -14,9 +14,11 @@ from lightning_mmgen.metrics.following import interval
 from lightning_mmgen.prompt import Record
 
 from .held_out import HeldOut, HeldOutCallback, gathered, held_out_parts, share
-from .loggers import log_scores, log_values
+from .loggers import log_scores
 from .rows import write_rows
 
+COUNTS = ("held_out/scored", "held_out/bad_pictures")
+"""What is logged beside the scores, and is none."""
 Found = dict[str, list[float]]
 """By the name of a score, what each picture (or question) that has it scored; or one value, where a score is of all of them together."""
 
@@ -43,8 +45,7 @@ class Evaluation(HeldOutCallback):
     def tell(self, trainer: Trainer, found: Found, **counts: float) -> None:
         """Log the means as ``held_out/<name>``, and keep the scores for the table; counts are logged alone."""
         means = {name: float(torch.tensor(values, dtype=torch.float64).mean()) for name, values in found.items()}
-        log_scores(trainer, {f"held_out/{name}": value for name, value in means.items()})
-        log_values(trainer, {f"held_out/{name}": value for name, value in counts.items()}, trainer.global_step)
+        log_scores(trainer, {f"held_out/{name}": value for name, value in (means | counts).items()})
         self.keep(found)
 
     def keep(self, found: dict[str, Any]) -> None:

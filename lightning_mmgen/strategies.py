@@ -13,6 +13,8 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy, Strategy
@@ -172,14 +174,22 @@ class FSDP2(OneFile, ModelParallelStrategy):
 
 
 def blocks(root: nn.Module) -> Iterator[nn.Module]:
-    """What of a part is gathered by itself: the layers of its outermost lists, and a UNet's middle block."""
-    for child in root.children():
+    """What of a part is gathered by itself: the layers of its outermost lists, and a UNet's middle block; before each of them the
+    transformer and residual blocks of a UNet in it."""
+    for layer in layers(root):
+        yield from (m for m in layer.modules() if m is not layer and isinstance(m, BasicTransformerBlock | ResnetBlock2D))
+        yield layer
+
+
+def layers(root: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a part's outermost lists, and a UNet's middle block."""
+    for name, child in root.named_children():
         if isinstance(child, nn.ModuleList):
             yield from child
+        elif name == "mid_block":
+            yield child
         else:
-            yield from blocks(child)
-    if isinstance(middle := getattr(root, "mid_block", None), nn.Module):
-        yield middle
+            yield from layers(child)
 
 
 class ZeRO(OneFile, DeepSpeedStrategy):

@@ -22,6 +22,13 @@ from lightning_mmgen.models.weights import locate
 
 from .models.conftest import llava, mllama, qwen  # noqa: F401 (fixtures)
 
+SEVERAL_PROCESSES = ("test_strategies", "test_ranks", "test_building")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that share runs of several processes come first: one worker then has all of them, and makes the runs once."""
+    items.sort(key=lambda item: item.path.stem not in SEVERAL_PROCESSES)
+
 
 @pytest.fixture(autouse=True)
 def seeded(monkeypatch: pytest.MonkeyPatch) -> None:
