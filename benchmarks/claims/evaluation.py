@@ -2,8 +2,8 @@
 
     python benchmarks/claims/evaluation.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 96] [--jobs 2]
 
-Trains ``experiments/instruct.yaml`` three times a seed: on subjects shown by other pictures of them (``follows``), on references that are
-the target itself, without augmentation (``copies``), and on references of other records (``ignores``). Each draws the same held-out
+Trains ``experiments/instruct.yaml`` three times a seed: on subjects shown by other pictures of them (``follows``), on one reference that is
+the target itself, with no words for it (``copies``), and on references of other records (``ignores``). Each draws the same held-out
 instructions; every score is held against what the oracle reads, picture by picture, and the probes against what each model was trained to
 do.
 
@@ -35,8 +35,10 @@ from lightning_mmgen.metrics.regions import RecordBoxes, region_masks
 from lightning_mmgen.metrics.similarity import ImageSimilarity, MultimodalPromptScore, ReferenceSimilarity
 from lightning_mmgen.models.clip import Clip
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
-from lightning_mmgen.prompt import Record
+from lightning_mmgen.prompt import Record, Reference
 from lightning_mmgen.toybox.oracle import score
+from lightning_mmgen.toybox.tasks import picture
+from lightning_mmgen.toybox.world import other_view
 
 MODELS = ("follows", "copies", "ignores")
 TRUTHS = ("following", "consistency")
@@ -50,6 +52,8 @@ METRICS = {
 PROBES = {
     "copy_paste": "copy-paste, patches of pixels",
     "copy_paste_clip": "copy-paste, patches of CLIP",
+    "pasted": "copy-paste of scenes, pixels",
+    "pasted_clip": "copy-paste of scenes, CLIP",
     "ignored_inside": "reference blank, inside",
     "ignored_outside": "reference blank, outside",
     "swapped": "reference swapped, whole",
@@ -76,9 +80,16 @@ def data(job: Job) -> list[str]:
 
 
 def copied(record: Record) -> Record:
-    """The record with its target for every reference."""
+    """What teaches to draw the reference again: one, which is the target, and no word of what is to be drawn."""
     assert record.target is not None
-    return replace(record, references=tuple(replace(r, image=record.target) for r in record.references))
+    return replace(record, instruction="a [ref#1] toy", references=(Reference(1, record.target, "toy"),))
+
+
+def in_scenes(record: Record) -> Record:
+    """Each reference a scene of the target's size with the toy alone in it: what a model that copies has learned to draw again."""
+    truth, rng = record.extra["truth"], np.random.default_rng(len(record.instruction))
+    toys = {marker: truth.scene.toys[k].toy for k, marker in truth.shown}
+    return replace(record, references=tuple(replace(r, image=picture(other_view(rng, toys[r.marker]))) for r in record.references))
 
 
 def measure(job: Job) -> Scores:
@@ -89,6 +100,11 @@ def measure(job: Job) -> Scores:
     drawn = sample(pipeline, records, seed=job.seed, side=64)
     found = [score(np.asarray(image), r.extra["truth"]) for image, r in zip(to_pil(drawn), records, strict=True)]
     truth = {"following": [f.following for f in found], "consistency": [float(np.mean(f.consistency)) for f in found]}
+    scenes = [in_scenes(r) for r in records]
+    pasted = sample(pipeline, scenes, seed=job.seed, side=64)
+    truth |= {
+        name: of.score(pasted, scenes).tolist() for name, of in (("pasted", CopyPaste()), ("pasted_clip", CopyPaste(Clip("toybox/clip"))))
+    }
     return truth | likeness(drawn, records) | probes(drawn, records, lambda changed: sample(pipeline, changed, seed=job.seed, side=64))
 
 
@@ -194,6 +210,7 @@ def main() -> None:
     print("\n" + "\n".join(means(scores, args.seeds, dict(zip(TRUTHS, TRUTHS, strict=True)) | METRICS | PROBES)))
     print("\n" + "\n".join(correlations(scores, args.seeds)) + "\n")
     wanted = [("following", "follows", "copies"), ("copy_paste", "copies", "follows"), ("copy_paste_clip", "copies", "follows")]
+    wanted += [("pasted", "copies", "follows"), ("pasted_clip", "copies", "follows")]
     wanted += [("ignored_inside", "follows", "ignores"), ("swapped", "follows", "ignores"), ("reworded", "follows", "copies")]
     for name, more, less in wanted:
         print(claim(scores, args.seeds, name, more, less))
