@@ -98,8 +98,10 @@ class TunedModule(L.LightningModule, ABC):
         return strategy if isinstance(strategy, OneFile) else None
 
     def roots(self) -> list[nn.Module]:
-        """The modules that are cut over processes, each of them called as a whole; a subclass leaves out what is not."""
-        return [child for child in self.children() if any(True for _ in child.parameters())]
+        """The modules that are cut over processes, each of them called as a whole, those of a list one by one; a subclass leaves out what
+        is not."""
+        called = [m for child in self.children() for m in (child if isinstance(child, nn.ModuleList) else [child])]
+        return [module for module in called if any(True for _ in module.parameters())]
 
     def check(self) -> None:
         """Raises: ValueError: the trainer cannot train this; asked before anything is built."""

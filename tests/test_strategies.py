@@ -67,7 +67,7 @@ def test_two_processes_have_the_losses_and_weights_of_one(engine: str, folder: P
 @pytest.mark.parametrize("engine", ["one", *ENGINES])
 def test_every_row_keeps_its_own_rate(engine: str, folder: Path) -> None:
     """Two steps of warm-up, and a cosine to 0 at the fourth; five batches an epoch, two to a step."""
-    base = {"encoder.projector": 1e-3, "encoder.language": 2e-3, "adapter": 3e-3, "unet": 4e-3}
+    base = {"encoder.projector": 1e-3, "encoder.language": 2e-3, "adapter": 3e-3, "unet": 4e-3, "aligner": 5e-3}
     found = [row["lr"] for row in seen(folder, engine)]
     done = [0, 1, 1, 2, 3, 3, 4]  # optimizer steps by the end of each batch
     factors = [(n + 1) / 2 if n < 2 else (1 + math.cos(math.pi * (n - 2) / 2)) / 2 for n in done]
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_two_is_that_of_one_process(engine: str, folder: Path) -
     for file in ("step=2.ckpt", "last.ckpt"):
         one, two = (checkpoint(folder, name, file) for name in ("one", engine))
         assert largest_difference(one["state_dict"], two["state_dict"]) < 1e-4
-        assert all(".lora_" in name or name.startswith("adapter.") for name in two["state_dict"])
+        assert all(".lora_" in name or name.startswith(("adapter.", "aligner.")) for name in two["state_dict"])
         states: list[dict[Any, Any]] = [
             {(i, k): v for i, s in c["optimizer_states"][0]["state"].items() for k, v in s.items()} for c in (one, two)
         ]
