@@ -95,7 +95,7 @@ def main() -> None:
         text = engines.YAML.format(parts=folder, clip=folder / "clip")
         if args.muon:
             text = text.replace("lr: 3.0e-3}", "lr: 3.0e-3, optimizer: muon}")
-        (folder / "engines.yaml").write_text(engines.bare(text) if large else text)
+        (folder / "engines.yaml").write_text(engines.bare(text) if large else engines.aligned(text))
         more: tuple[str, ...] = (f"--trainer.max_steps={args.steps}", *(() if large else (engines.reference(folder / "clip"),)))
         heads = ("built", "peak", "a step") if large else ("first loss", "curve", "rates", "weights", "average", "scores")
         show(["", *heads])

@@ -118,6 +118,13 @@ def _fork(work: Callable[[], int], rank: int, log: Path) -> int:
         os._exit(status)
 
 
+def aligned(text: str) -> str:
+    """The YAML with an Aligner, at a rate of its own, and the term of the loss that it is of."""
+    term = "{class_path: AttentionAlignment, init_args: {target: vlm, weight: 1.0, aligner: {variant: light, width: 4}}}"
+    text = text.replace("data:\n", "      - {match: aligner, train: full, lr: 5.0e-3}\ndata:\n", 1)
+    return text.replace("  callbacks:\n", f"  callbacks:\n    - {term}\n", 1)
+
+
 def bare(text: str) -> str:
     """The YAML without evaluations, checkpoints and accumulation."""
     text = text[: text.index("  callbacks:")].replace("accumulate_grad_batches: 2", "accumulate_grad_batches: 1")
@@ -188,7 +195,6 @@ model:
       - {{match: encoder.language, train: lora, rank: 2, lr: 2.0e-3}}
       - {{match: adapter, train: full, lr: 3.0e-3}}
       - {{match: unet, train: lora, rank: 2, lr: 4.0e-3}}
-      - {{match: aligner, train: full, lr: 5.0e-3}}
 data:
   class_path: EditDataModule
   init_args:
@@ -209,7 +215,6 @@ trainer:
   callbacks:
     - {{class_path: EMA, init_args: {{decay: 0.9}}}}
     - {{class_path: ConsistencyPenalty, init_args: {{spatial: 1.0, temporal: 0.5}}}}
-    - {{class_path: AttentionAlignment, init_args: {{target: vlm, weight: 1.0, aligner: {{variant: light, width: 4}}}}}}
     - {{class_path: PictureGrid, init_args: {{every: 2, count: 2}}}}
     - {{class_path: CLIPScoreEvaluation, init_args: {{every: 2, count: 2, model: {clip}}}}}
     - class_path: ModelCheckpoint

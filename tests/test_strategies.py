@@ -31,7 +31,7 @@ def folder(parts: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) ->
     FSDP2 with dropout loses its second process after batch 6, the last checkpoint being that of step 2, batch 4, and goes on; so does one
     process from that checkpoint. From step 2 on ZeRO-3 goes on until its second process gets SIGTERM, and then one process."""
     folder = tmp_path_factory.mktemp("engines")
-    (folder / "engines.yaml").write_text(engines.YAML.format(parts=parts, clip=clip))
+    (folder / "engines.yaml").write_text(engines.aligned(engines.YAML.format(parts=parts, clip=clip)))
     (folder / "plain.yaml").write_text(engines.PLAIN)
     plain, looks = ("-c", str(folder / "plain.yaml"), STEPS), (STEPS, engines.reference(clip))
     start = f"--ckpt_path={folder}/runs/{{}}/version_0/checkpoints/{{}}.ckpt".format
