@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/engines.py [--steps 20] [--engines ddp fsdp deepspeed_zero2 deepspeed_zero3] [--muon]
     OMP_NUM_THREADS=1 python benchmarks/engines.py --size 300m --steps 3
 
-The tiny model trains LoRA and a full adapter with four learning rates, clipping, two batches to a step, the consistency penalty, an
-average, and held-out pictures before and after. The table has the differences to one process: the first loss, the curve, the learning
-rates, the weights after. ``--size 300m`` has new weights of a 300 M UNet, LoRA, and no evaluations; its table has what a process
-takes of memory while it builds (beside what it has imported), its peak in all, and the seconds of a step.
+The tiny model trains LoRA, a full adapter and an Aligner, each row at a rate of its own, with clipping, two batches to a step, the
+consistency penalty, an average, and held-out pictures before, in between and after. The table has the differences to one process: the
+first loss, the curve, the learning rates, the weights after. ``--size 300m`` has new weights of a 300 M UNet, LoRA, and no evaluations; its
+table has what a process takes of memory while it builds (beside what it has imported), its peak in all, and the seconds of a step.
 """
 
 from __future__ import annotations

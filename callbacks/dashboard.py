@@ -69,8 +69,8 @@ class Dashboard(Callback):
 
 def layout(trainer: Trainer) -> dict[str, dict[str, list[Any]]]:
     """``LAYOUT`` without the charts that this run leaves empty."""
-    kinds = {type(c) for c in trainer.callbacks}  # type: ignore[attr-defined]
-    empty = [words for words, kind in NEEDED.items() if kind not in kinds]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    empty = [words for words, kind in NEEDED.items() if not any(isinstance(c, kind) for c in callbacks)]
     return {
         group: {name: lines for name, lines in charts.items() if not any(words in name for words in empty)}
         for group, charts in LAYOUT.items()

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from lightning_mmgen.ranks import of_all_ranks, several
+
 
 class RandomState(Callback):
     """Saves the states of torch, numpy and Python of every process, and restores them before the first batch after a resume.
@@ -27,7 +29,7 @@ class RandomState(Callback):
             torch.manual_seed((torch.initial_seed() + 7919 * trainer.global_rank + trainer.global_step) % 2**63)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ranks": everyone(self.own())}
+        return {"ranks": of_all_ranks(self.own())}
 
     def own(self) -> dict[str, Any]:
         """The states of this process."""
@@ -56,17 +58,3 @@ class RandomState(Callback):
         version, internal, gauss = self.saved["python"]
         random.setstate((version, tuple(internal), gauss))
         self.saved = None
-
-
-def several() -> bool:
-    """Whether this process is one of a group."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def everyone(own: Any) -> list[Any]:
-    """What each process has, by rank."""
-    if not several():
-        return [own]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found

@@ -18,11 +18,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_mmgen.data.sources import Source
 from lightning_mmgen.data.streams import Stream
 from lightning_mmgen.folder import run_folder
+from lightning_mmgen.ranks import of_all_ranks
 from lightning_mmgen.tools.runs import flat
 
 from .loggers import log_text
 from .picture_grid import PictureGrid
-from .random_state import everyone
 from .scoring import Evaluation
 
 PACKAGES = ("lightning_mmgen", "torch", "lightning", "diffusers", "transformers", "peft", "torchmetrics", "omegaconf", "jsonargparse")
@@ -44,7 +44,7 @@ class RunCard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Raises: ValueError: a rank has another configuration than the first; on all ranks, before anything is built."""
         run_folder(trainer)
-        texts = everyone(self.config)
+        texts = of_all_ranks(self.config)
         if odd := next((rank for rank, text in enumerate(texts) if text != texts[0]), None):
             first, other = (flat(yaml.safe_load(texts[rank])) for rank in (0, odd))
             key = next(key for key in first | other if first.get(key) != other.get(key))

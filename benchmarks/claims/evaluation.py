@@ -102,15 +102,14 @@ def measure(job: Job) -> Scores:
     truth = {"following": [f.following for f in found], "consistency": [float(np.mean(f.consistency)) for f in found]}
     scenes = [in_scenes(r) for r in records]
     pasted = sample(pipeline, scenes, seed=job.seed, side=64)
-    truth |= {
-        name: of.score(pasted, scenes).tolist() for name, of in (("pasted", CopyPaste()), ("pasted_clip", CopyPaste(Clip("toybox/clip"))))
-    }
-    return truth | likeness(drawn, records) | probes(drawn, records, lambda changed: sample(pipeline, changed, seed=job.seed, side=64))
+    eyes = Clip("toybox/clip")
+    truth |= {"pasted": CopyPaste().score(pasted, scenes).tolist(), "pasted_clip": CopyPaste(eyes).score(pasted, scenes).tolist()}
+    return truth | likeness(drawn, records, eyes) | probes(drawn, records, lambda new: sample(pipeline, new, seed=job.seed, side=64))
 
 
-def likeness(drawn: Tensor, records: list[Record]) -> Scores:
+def likeness(drawn: Tensor, records: list[Record], eyes: Clip) -> Scores:
     """Every score of the pictures alone."""
-    eyes, targets = Clip("toybox/clip"), torch.stack([pixels(r.target) for r in records])  # type: ignore[arg-type]
+    targets = torch.stack([pixels(r.target) for r in records])  # type: ignore[arg-type]
     objects = MultimodalPromptScore(eyes).each(drawn, records)
     scores = {
         "clip_t": CLIPSimilarity(eyes).score(drawn, [r.caption or "" for r in records]),

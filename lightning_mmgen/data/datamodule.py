@@ -18,6 +18,7 @@ from ..batch import Batch
 from ..folder import run_folder
 from ..models.encoder import Encoder
 from ..prompt import Record, RecordError
+from ..ranks import of_all_ranks
 from .buckets import Buckets
 from .cache import Caches, open_caches, warn_of_misses
 from .images import open_picture
@@ -275,12 +276,3 @@ class MultimodalDataModule(L.LightningDataModule):
             raise ValueError("data.train is a stream in the checkpoint or here, but not in both")
         self._batch = state.get("batch", 0)
         self._resume, self.bad, self._resume_stream = (state["epoch"], state["consumed"]), dict(state["bad"]), state.get("streams")
-
-
-def of_all_ranks(value: Any) -> list[Any]:
-    """The value of every rank, in order; all of them ask."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    out: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(out, value)
-    return out
