@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_mmgen.models.parameters import ParameterTable, Row
-from lightning_mmgen.optimizer import StackedMuon, make_optimizer
+from lightning_mmgen.optimizer import StackedMuon, make_optimizer, orthogonal
 
 ROWS = [Row("a", "full", lr=4e-3, weight_decay=0.1, optimizer="muon"), Row("b", "full", lr=1e-3), Row("codec", "frozen")]
 ALL_THREE = [
@@ -207,6 +207,20 @@ def test_stacked_steps_are_those_of_torchs_own_muon() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
     states = [o.state_dict()["state"] for o in optimizers]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("hardware", "kind", "off"), [(True, torch.bfloat16, 0.05), (False, torch.float32, 1e-5)])
+def test_a_cpu_without_bfloat16_orthogonalises_in_float32(
+    hardware: bool, kind: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_mmgen.optimizer.has_bfloat16", lambda: hardware)
+    stack = torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(0))
+    found = orthogonal(stack, (3.4445, -4.775, 2.0315), 5, 1e-7)
+    left, values, right = torch.linalg.svd(stack.double() / stack.norm(dim=(1, 2), keepdim=True), full_matrices=False)
+    for _ in range(5):
+        values = 3.4445 * values - 4.775 * values**3 + 2.0315 * values**5  # what the iteration does to each singular value
+    assert found.dtype == kind and values.min() > 0.6 and values.max() < 1.3
+    torch.testing.assert_close(found.double(), left * values[:, None] @ right, rtol=0, atol=off)
 
 
 def test_muon_steps_a_matrix_that_is_cut_as_it_steps_the_whole(tmp_path: Path) -> None:
