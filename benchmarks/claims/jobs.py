@@ -68,12 +68,12 @@ def _do(job: Job, measure: Callable[[Job], Any]) -> None:
     print(f"{job.name}, seed {job.seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items() if v), flush=True)
 
 
-def arguments(runs: str, count: int, *more: argparse.ArgumentParser) -> argparse.Namespace:
+def arguments(runs: str, count: int, *more: argparse.ArgumentParser, steps: int = 760) -> argparse.Namespace:
     """The command line of a claims benchmark, and arguments of its own."""
     parser = argparse.ArgumentParser(parents=more)
     parser.add_argument("--runs", default=runs)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--steps", type=int, default=760)
+    parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--count", type=int, default=count, help="held-out pictures a measure")
     parser.add_argument("--jobs", type=int, default=2, help="trainings side by side")
     return parser.parse_args()
