@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_mmgen.shards import part, part_of, put, whole
+from lightning_mmgen.shards import part, part_of, piece, put
 
 
 class EMA(Callback):
     """Keeps an average of the trained weights in float32; evaluation, pictures and export use it, training does not.
 
-    Frozen weights are not copied. The average is part of the checkpoint, whole; where processes share a weight, they share its average.
+    Frozen weights are not copied. The average is part of the checkpoint; where processes share a weight, they share its average.
 
     Args:
         decay: of one optimizer step; it starts lower, as (1 + n) / (10 + n) after n steps.
@@ -61,7 +61,7 @@ class EMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.module is None:
             return {"updates": self.updates, "mean": self.mean}
-        return {"updates": self.updates, "mean": {n: whole(self.module.get_parameter(n), m) for n, m in self.mean.items()}}
+        return {"updates": self.updates, "mean": {n: piece(self.module.get_parameter(n), m) for n, m in self.mean.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.mean, self.module = state_dict["updates"], state_dict["mean"], None

@@ -1,7 +1,8 @@
 """Several processes from the same YAML: FSDP2 and DeepSpeed's ZeRO, on GPUs or, for tests, on CPUs (DDP is Lightning's own).
 
-A checkpoint is one file of what is trained, the same whatever the engine and the number of processes: the whole tensors come together on
-rank 0, and each process takes its parts of them on the way back. So a run goes on in another engine, and ``mmgen`` reads all of them.
+A checkpoint holds what is trained, by the names and in the shapes of a single process, whatever the engine and the number of processes.
+Each process writes the elements that it holds and reads those that it needs: no tensor is ever whole on the way. So a run goes on in
+another engine, and ``mmgen`` reads all of them.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .models.loading import awaited, fill
-from .shards import part, part_of, put, whole
+from .shards import Piece, elements, part, part_of, piece, put, shape, span
 
 if TYPE_CHECKING:
+    from .checkpoint import AtomicCheckpointIO
     from .tuning import TunedModule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter, beside the number of steps."""
 
 
-class OneFile(Strategy):
-    """A strategy whose checkpoints are what a single process would write: whole tensors, by name, of what is trained."""
+class Sharing(Strategy):
+    """A strategy whose processes share parameters or their optimizer's states, and write what each holds of them."""
 
     optimizers_known: ClassVar[tuple[str, ...]] = ("adamw",)
     """Rows that ask for another optimizer are trained by AdamW, at their own rate."""
@@ -57,17 +59,9 @@ class OneFile(Strategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """On rank 0 what is trained, whole, on the CPU; nothing on the others."""
-        return self.gathered({n: (p, part(p)) for n, p in self.tuned.trainable().items()})
-
-    def gathered(self, held: Mapping[Any, tuple[Any, Tensor]]) -> dict[Any, Tensor]:
-        """On rank 0 the whole of tensors that are held as their parameters are, one after the other; nothing on the others."""
-        found = {}
-        for name, (parameter, tensor) in held.items():
-            value = whole(parameter, tensor)
-            if self.is_global_zero:
-                found[name] = value.detach().cpu().clone()
-        return found
+        """What is trained: this process's piece of what is cut, and the whole of what is not, in memory of its own."""
+        held = {n: piece(p, part(p)) for n, p in self.tuned.trainable().items()}
+        return {n: v if isinstance(v, Piece) else v.cpu().clone() for n, v in held.items()}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         for name, value in checkpoint["state_dict"].items():
@@ -85,13 +79,13 @@ class OneFile(Strategy):
             )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        cast("AtomicCheckpointIO", self.checkpoint_io).save_pieces(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+        return cast("AtomicCheckpointIO", self.checkpoint_io).load_checkpoint(checkpoint_path, whole=False)
 
 
-class FSDP2(OneFile, ModelParallelStrategy):
+class FSDP2(Sharing, ModelParallelStrategy):
     """Every weight but the VAE's cut over all processes (``fully_shard``): each transformer layer and each block of the UNet is gathered
     when it is used, and let go after.
 
@@ -153,21 +147,17 @@ class FSDP2(OneFile, ModelParallelStrategy):
         self.tuned._device = self.root_device
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """On rank 0 the state as one process would have it; nothing on the others."""
+        """The state as one process would have it, with this process's pieces of its tensors."""
         state = (optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
-        held = {(i, k): (v, v) for i, values in state["state"].items() for k, v in values.items() if isinstance(v, Tensor)}
-        found = self.gathered(held)
-        if not self.is_global_zero:
-            return {}
-        merged = {i: {k: found.get((i, k), v) for k, v in values.items()} for i, values in state["state"].items()}
-        return {**state, "state": merged}
+        held = {i: {k: piece(v, v) if isinstance(v, Tensor) else v for k, v in own.items()} for i, own in state["state"].items()}
+        return {**state, "state": held}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self.check_groups(optimizer, state)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             held = {
-                i: {k: part_of(parameters[i], v) if isinstance(v, Tensor) and v.shape == parameters[i].shape else v for k, v in own.items()}
+                i: {k: part_of(parameters[i], v) if tuple(getattr(v, "shape", ())) == parameters[i].shape else v for k, v in own.items()}
                 for i, own in state["state"].items()
             }
             optimizer.load_state_dict({**state, "state": held})
@@ -192,7 +182,7 @@ def layers(root: nn.Module) -> Iterator[nn.Module]:
             yield from layers(child)
 
 
-class ZeRO(OneFile, DeepSpeedStrategy):
+class ZeRO(Sharing, DeepSpeedStrategy):
     """DeepSpeed's ZeRO (Rajbhandari et al. 2020): stage 2 cuts gradients and optimizer state over the processes, stage 3 the weights too.
 
     Weights keep their own dtypes, and ``trainer.precision: bf16-mixed`` computes under autocast, as it does without DeepSpeed.
@@ -279,30 +269,36 @@ class ZeRO(OneFile, DeepSpeedStrategy):
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """On rank 0 the state as one process would have it; nothing on the others."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+    def _fragment(self, parameter: Any, key: str) -> tuple[Tensor, int]:
+        """This process's elements of what AdamW keeps of a parameter, [n], and where they begin in the whole."""
+        from deepspeed.utils import safe_get_local_optimizer_state
 
+        if self.stage == 3:
+            start, stop = span(parameter)
+            return safe_get_local_optimizer_state(parameter, key)[: stop - start], start
+        if (held := parameter._hp_mapping) is None:
+            return torch.empty(0), 0
+        return held.get_optim_state_fragment(key), held.lp_fragment_address.start
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state as one process would have it, with this process's pieces of its tensors."""
         (base, flat), groups = self._flat(), self.tuned.groups()
         state: dict[int, Any] = {}
         if all("step" in base.state[tensor] for tensor in flat):
             self._link()
             step = float(base.state[flat[0]]["step"])
             for i, parameter in enumerate(p for group in groups for p in group["params"]):
-                values = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-                if self.is_global_zero:
-                    state[i] = {"step": torch.tensor(step), **{k: v.cpu().clone() for k, v in values.items()}}
-        if not self.is_global_zero:
-            return {}
+                held = {key: Piece(*self._fragment(parameter, key), shape(parameter)) for key in MOMENTS}
+                state[i] = {"step": torch.tensor(step), **held}
         ends = list(accumulate((len(group["params"]) for group in groups), initial=0))
         numbered = [
-            {**{k: v for k, v in own.items() if k != "params"}, "params": list(range(*span))}
-            for own, span in zip(base.param_groups, pairwise(ends), strict=True)
+            {**{k: v for k, v in own.items() if k != "params"}, "params": list(range(*ids))}
+            for own, ids in zip(base.param_groups, pairwise(ends), strict=True)
         ]
         return {"state": state, "param_groups": numbered}
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+        from deepspeed.utils import safe_set_local_optimizer_state
 
         (base, flat), (saved,) = self._flat(), checkpoint["optimizer_states"]
         self.check_groups(base, saved)
@@ -320,7 +316,8 @@ class ZeRO(OneFile, DeepSpeedStrategy):
                 if self.stage == 3:
                     safe_set_local_optimizer_state(parameters[i], part_of(parameters[i], values[key]), key)
                 else:
-                    safe_set_full_optimizer_state(parameters[i], values[key].to(self.root_device), key)
+                    held, start = self._fragment(parameters[i], key)
+                    held.copy_(elements(values[key], start, start + len(held)))
 
 
 class Autocast(DeepSpeedPrecision):

@@ -21,7 +21,7 @@ from .models.loading import Weights
 from .models.parameters import ParameterTable, Row
 from .optimizer import beside_parameters, make_optimizer
 from .shards import part_of, put, shape
-from .strategies import OneFile
+from .strategies import Sharing
 
 
 @dataclass
@@ -89,13 +89,13 @@ class TunedModule(L.LightningModule, ABC):
             self.engine.share(self)
             self.table.hold(self)
         if self.start and self._trainer and not self._trainer.ckpt_path:
-            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start))
+            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start, whole=self.engine is None))
 
     @property
-    def engine(self) -> OneFile | None:
+    def engine(self) -> Sharing | None:
         """The strategy, where it shares the parameters or their states among processes."""
         strategy = self._trainer.strategy if self._trainer else None
-        return strategy if isinstance(strategy, OneFile) else None
+        return strategy if isinstance(strategy, Sharing) else None
 
     def roots(self) -> list[nn.Module]:
         """The modules that are cut over processes, each of them called as a whole, those of a list one by one; a subclass leaves out what

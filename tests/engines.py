@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from lightning_mmgen.checkpoint import AtomicCheckpointIO
 
 ROOT = Path(__file__).parent.parent
 ENGINES = ("ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3")
@@ -110,7 +112,7 @@ def _fork(work: Callable[[], int], rank: int, log: Path) -> int:
         status = work()
     except SystemExit as stop:
         status = int(stop.code or 0)
-    except BaseException:
+    except Exception:
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -164,7 +166,23 @@ def losses(folder: Path, name: str, world: int = 1) -> list[float]:
 
 def checkpoint(folder: Path, name: str, file: str = "last.ckpt") -> dict[str, Any]:
     """A checkpoint of a run."""
-    return torch.load(folder / f"runs/{name}/version_0/checkpoints/{file}", weights_only=True)  # type: ignore[no-any-return]
+    return AtomicCheckpointIO().load_checkpoint(folder / f"runs/{name}/version_0/checkpoints/{file}")
+
+
+def held(folder: Path, name: str) -> list[int]:
+    """The bytes of float32 tensors in each file of a run's last checkpoint, those of its pieces last."""
+    place = folder / f"runs/{name}/version_0/checkpoints"
+    files = [place / "last.ckpt", *place.glob("last.ckpt.pieces/*/*")]
+    return [sum(floats(torch.load(path, weights_only=True))) for path in files]
+
+
+def floats(value: Any) -> Iterator[int]:
+    """The bytes of each float32 tensor of a checkpoint, with what lies behind it in memory."""
+    if isinstance(value, torch.Tensor) and value.dtype == torch.float32:
+        yield value.untyped_storage().nbytes()
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from floats(inner)
 
 
 FORGOTTEN = ("blocks.0.bias", "blocks.3.bias", "out.bias")

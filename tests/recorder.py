@@ -11,12 +11,14 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning_mmgen.callbacks.throughput import peak_memory
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from lightning_mmgen.shards import local, part, whole
+from lightning_mmgen.shards import local, part
 
 
 class LossRecorder(Callback):
@@ -92,6 +94,17 @@ class BuiltRecorder(RankRecorder):
         if trainer.is_global_zero:
             found = {name: digest(tensor) for name, tensor in tensors.items()}
             self.out.with_name(f"{self.out.name}.json").write_text(json.dumps(found))
+
+
+def whole(parameter: Any, held: Tensor) -> Tensor:
+    """The whole of what the processes hold of a parameter; every process calls it."""
+    if isinstance(held, DTensor):
+        return held.full_tensor()
+    if not hasattr(parameter, "ds_tensor"):
+        return held
+    parts = held.new_empty(dist.get_world_size() * held.numel())
+    dist.all_gather_into_tensor(parts, held.contiguous())
+    return parts[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def digest(tensor: Tensor) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.cli import main
+from lightning_mmgen.shards import Piece, Scattered
 
 IO = AtomicCheckpointIO()
 
@@ -74,6 +75,64 @@ def test_a_damaged_checkpoint_is_named(share: float, tmp_path: Path) -> None:
     IO.save_checkpoint(checkpoint(1), path := tmp_path / "cut.ckpt")
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(ValueError, match=r"cut\.ckpt: not a checkpoint"):
+        IO.load_checkpoint(path)
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------------------
+
+
+def in_pieces(value: float, held: int = 50_000) -> dict[str, Any]:
+    """The same checkpoint, of which this process holds the first elements of a matrix."""
+    elements = torch.arange(float(held)) + value
+    return {"global_step": int(value), "state_dict": {"w": Piece(elements, 0, (200, 250))}, "states": [{0: {"step": torch.tensor(value)}}]}
+
+
+def test_what_is_saved_in_pieces_is_read_whole_or_by_range(tmp_path: Path) -> None:
+    IO.save_pieces(in_pieces(1), path := tmp_path / "last.ckpt")
+    found, lazy = IO.load_checkpoint(path), IO.load_checkpoint(path, whole=False)
+    assert found.keys() == {"global_step", "state_dict", "states"} and found["states"][0][0]["step"] == 1
+    assert torch.equal(found["state_dict"]["w"], (torch.arange(50_000.0) + 1).view(200, 250))
+    assert torch.equal(lazy["state_dict"]["w"].range(300, 310), torch.arange(301.0, 311.0))
+
+
+def test_a_tensor_of_several_pieces_is_read_across_them() -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    cuts = ((0, 5), (5, 5), (5, 11), (11, 12))
+    scattered = Scattered((3, 4), tuple(Piece(whole.flatten()[a:b], a, (3, 4)) for a, b in cuts))
+    assert torch.equal(scattered.whole(), whole)
+    assert all(torch.equal(scattered.range(a, b), whole.flatten()[a:b]) for a in range(12) for b in range(a, 13))
+
+
+@pytest.mark.parametrize("left", [0, 1_000, 100_000])
+def test_a_full_disk_leaves_the_pieces_of_before(left: int, tmp_path: Path) -> None:
+    IO.save_pieces(in_pieces(1), path := tmp_path / "last.ckpt")
+    with full_disk(left), pytest.raises(OSError, match=r"0\.pt"):
+        IO.save_pieces(in_pieces(2), path)
+    assert IO.load_checkpoint(path)["state_dict"]["w"][0, 0] == 1
+    IO.save_pieces(in_pieces(2), path)
+    assert IO.load_checkpoint(path)["state_dict"]["w"][0, 0] == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.pieces"]
+    assert len(list((tmp_path / "last.ckpt.pieces").iterdir())) == 1, "the pieces of before are gone"
+    IO.remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nodes_that_share_no_folder_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of two processes writes elsewhere."""
+    monkeypatch.setattr("lightning_mmgen.checkpoint.several", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    with pytest.raises(OSError, match=r"is it one that the nodes share\?: .*last\.ckpt\.pieces"):
+        IO.save_pieces(in_pieces(1), tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists() and not list((tmp_path / "last.ckpt.pieces").iterdir())
+
+
+def test_pieces_that_are_missing_are_named(tmp_path: Path) -> None:
+    IO.save_pieces(in_pieces(1, held=49_999), path := tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"last\.ckpt: damaged, its pieces are not all of /state_dict/w"):
+        IO.load_checkpoint(path)
+    next(tmp_path.glob("last.ckpt.pieces/*/0.pt")).unlink()
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt\.pieces/1-\w+/0\.pt: no such checkpoint"):
         IO.load_checkpoint(path)
 
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_mmgen.checkpoint import AtomicCheckpointIO
+from lightning_mmgen.shards import Piece
 
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
 
@@ -95,15 +96,19 @@ def dies_while(work: Callable[[], Any], after: int) -> bool:
 
 
 def test_a_kill_while_a_checkpoint_of_shards_is_overwritten_costs_the_one_before(tmp_path: Path) -> None:
-    """Lightning writes them by torch.distributed.checkpoint, in their place. Ours is one file, written beside."""
+    """Lightning writes them by torch.distributed.checkpoint, in their place. Ours, in one file or in pieces, are written beside."""
     old, new = ({"w": torch.full((50_000,), value)} for value in (1.0, 2.0))
+    io, one, several = AtomicCheckpointIO(), tmp_path / "one.ckpt", tmp_path / "several.ckpt"
+    cut_old, cut_new = ({"w": Piece(w["w"], 0, (50_000,))} for w in (old, new))
     dcp.save(old, checkpoint_id=tmp_path / "shards", no_dist=True)
-    AtomicCheckpointIO().save_checkpoint({"state_dict": old}, tmp_path / "one.ckpt")
+    io.save_checkpoint(old, one)
+    io.save_pieces(cut_old, several)
     assert dies_while(lambda: dcp.save(new, checkpoint_id=tmp_path / "shards", no_dist=True), 100_000)
-    assert dies_while(lambda: AtomicCheckpointIO().save_checkpoint({"state_dict": new}, tmp_path / "one.ckpt"), 100_000)
+    assert dies_while(lambda: io.save_checkpoint(new, one), 100_000)
+    assert dies_while(lambda: io.save_pieces(cut_new, several), 100_000)
     with pytest.raises(CheckpointException, match="your checkpoint file is corrupted"):
         dcp.load({"w": torch.zeros(50_000)}, checkpoint_id=tmp_path / "shards", no_dist=True)
-    assert torch.equal(AtomicCheckpointIO().load_checkpoint(tmp_path / "one.ckpt")["state_dict"]["w"], old["w"])
+    assert all(torch.equal(io.load_checkpoint(path)["w"], old["w"]) for path in (one, several))
 
 
 def test_a_checkpoint_of_what_is_trained_is_not_gone_on_from(tmp_path: Path) -> None:
