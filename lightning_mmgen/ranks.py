@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def several() -> bool:
@@ -20,6 +22,15 @@ def of_all_ranks(own: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return found
+
+
+def mean(own: Tensor, count: int) -> Tensor:
+    """The mean over the ranks of what each has, [n], of so many samples; all of them ask."""
+    if not several():
+        return own
+    sums = torch.cat([own * count, own.new_tensor([count])])
+    dist.all_reduce(sums)
+    return sums[:-1] / sums[-1].clamp(min=1)
 
 
 def together(work: Callable[[], object]) -> None:

@@ -20,6 +20,7 @@ from .losses import AnsweringStep, DenoisingStep, LossTerm
 from .models.loading import Weights
 from .models.parameters import ParameterTable, Row
 from .optimizer import beside_parameters, make_optimizer
+from .ranks import mean
 from .shards import part_of, put, shape
 from .strategies import Sharing
 
@@ -152,7 +153,7 @@ class TunedModule(L.LightningModule, ABC):
         return {name: term.weight * value for term in self.terms() for name, value in term.compute(step).items()}
 
     def total(self, terms: dict[str, Tensor], size: int, rows: Sequence[str]) -> Tensor:
-        """The sum of the loss's terms, logged with them.
+        """The sum of the loss's terms, logged with them: means over the samples of all ranks.
 
         Args:
             size: samples of the batch.
@@ -165,9 +166,9 @@ class TunedModule(L.LightningModule, ABC):
         if not torch.isfinite(total):
             values = ", ".join(f"{name} {term.item():g}" for name, term in terms.items())
             raise ValueError(f"loss is {total.item():g} at step {self.global_step} (terms: {values}; rows: {', '.join(rows)})")
-        several = self.trainer.world_size > 1
-        self.log_dict({f"loss/{name}": term.detach() for name, term in terms.items()}, batch_size=size, sync_dist=several)
-        self.log("loss", total.detach(), prog_bar=True, batch_size=size, sync_dist=several)
+        *parts, whole = mean(torch.stack([*terms.values(), total]).detach(), len(rows))
+        self.log_dict({f"loss/{name}": part for name, part in zip(terms, parts, strict=True)}, batch_size=size)
+        self.log("loss", whole, prog_bar=True, batch_size=size)
         return total if rows else 0 * total
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_mmgen.data.order import OrderedSampler
 from lightning_mmgen.data.shards import write_shards
@@ -67,6 +68,8 @@ def test_rows_that_are_bad_on_one_process_alone_are_left_out_and_listed(engine: 
     ranks = [[row["ids"] for row in seen(folder, engine, rank)] for rank in (0, 1)]
     assert ranks == [[[SOURCE.record(i).id for i in batch if i not in BAD] for batch in batches] for batches in order]
     assert ranks[1][1] == [] and seen(folder, engine, 1)[1]["loss"] == 0 and seen(folder, engine, 0)[1]["loss"] > 0
+    events = EventAccumulator(str(folder / f"runs/{engine}/version_0")).Reload()
+    assert events.Scalars("loss")[0].value == pytest.approx(seen(folder, engine, 0)[1]["loss"]), "it is not in the mean that is logged"
     listed = [json.loads(line) for line in (folder / f"runs/{engine}/version_0/bad_rows.1.jsonl").read_text().splitlines()]
     assert [row["index"] for row in listed] == BAD and "records.jsonl" in listed[0]["reason"]
     assert engines.checkpoint(folder, engine)["EditDataModule"]["bad"].keys() == set(BAD)
