@@ -1,4 +1,4 @@
-"""A callback that writes every loss of a run, exactly, and can end its process as ``kill -9`` would."""
+"""Callbacks that write every loss of a run, exactly, and can end its process as ``kill -9`` would."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lightning_mmgen.shards import local, part
 
 
 class LossRecorder(Callback):
-    """Args: out: a JSONL file. kill_at: end the process after this many steps, before any checkpoint of that step."""
+    """Args: out: a JSONL file."""
 
-    def __init__(self, out: str, kill_at: int | None = None) -> None:
-        self.out, self.kill_at = Path(out), kill_at
+    def __init__(self, out: str) -> None:
+        self.out = Path(out)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         row = {
@@ -36,8 +36,6 @@ class LossRecorder(Callback):
         }
         with self.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if trainer.global_step == self.kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RankRecorder(Callback):

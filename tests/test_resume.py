@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
+from .engines import ROOT, Run, checkpoint, fit, seen, written
 
-
-def fit(folder: Path, losses: Path, *more: str, kill_at: int | None = None) -> int:
-    recorder = {"class_path": "tests.recorder.LossRecorder", "init_args": {"out": str(losses), "kill_at": kill_at}}
-    command = [sys.executable, "-m", "lightning_mmgen", "fit", "-c", "experiments/instruct.yaml", "-c", str(folder / "small.yaml")]
-    command += [f"--trainer.callbacks+={json.dumps(recorder)}", f"--trainer.logger.init_args.save_dir={folder / 'runs'}", *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert kill_at or done.returncode == 0, done.stderr[-2000:]
-    return done.returncode
-
-
-def rows(path: Path) -> dict[int, Any]:
-    return {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> Path:
-    (tmp_path / "small.yaml").write_text("""
+SMALL = """
 model:
   class_path: MultimodalDiffusion
   init_args:
@@ -49,21 +28,41 @@ trainer:
   callbacks:
     - {class_path: EMA, init_args: {decay: 0.9}}
     - {class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, enable_version_counter: false}}
-""")
-    return tmp_path
+"""
+"""Dropout on, two data workers, 5 batches to an epoch."""
 
 
-def test_a_killed_run_goes_on_bit_equal(small: Path) -> None:
-    whole, killed = small / "whole.jsonl", small / "killed.jsonl"
-    fit(small, whole, "--trainer.logger.init_args.name=whole")
-    assert fit(small, killed, "--trainer.logger.init_args.name=killed", kill_at=7) == -9  # the middle of the second epoch of 5 batches
-    before = rows(killed)
-    assert sorted(before) == list(range(1, 8))
-    fit(small, killed, "--trainer.logger.init_args.name=killed", "--ckpt_path=last")
-    assert rows(killed) == rows(whole)
-    assert len(rows(whole)) == 12
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``killed`` dies after step 7, in the middle of the second epoch, and goes on; ``parts`` ends at step 7, and goes on to 9."""
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "engines.yaml").write_text((ROOT / "experiments/instruct.yaml").read_text())
+    (folder / "small.yaml").write_text(SMALL)
+    (folder / "rarely.yaml").write_text(SMALL.replace("every_n_train_steps: 2", "every_n_train_steps: 4"))
+    often, rarely = (("-c", str(folder / name)) for name in ("small.yaml", "rarely.yaml"))
+    rarely = (*rarely, "--model.init_args.schedule.decay=constant")
+    fit(
+        folder,
+        Run("whole", more=often),
+        Run("killed", more=often, status=-9, kill_at=7),
+        Run("killed", more=(*often, "--ckpt_path=last")),
+        Run("all", more=(*rarely, "--trainer.max_steps=9")),
+        Run("parts", more=(*rarely, "--trainer.max_steps=7")),
+        Run("parts", more=(*rarely, "--trainer.max_steps=9", "--ckpt_path=last")),
+    )
+    return folder
 
-    a, b = (torch.load(small / "runs" / n / "version_0/checkpoints/last.ckpt", weights_only=True) for n in ("whole", "killed"))
+
+def losses(folder: Path, name: str) -> list[tuple[int, float, list[str], dict[str, float]]]:
+    return [(row["batch"], row["loss"], row["ids"], row["lr"]) for row in seen(folder, name)]
+
+
+def test_a_killed_run_goes_on_bit_equal(folder: Path) -> None:
+    assert [row["batch"] for row in written(folder, "killed")] == [*range(1, 8), *range(7, 13)], "the checkpoint was that of step 6"
+    assert losses(folder, "killed") == losses(folder, "whole")
+    assert [batch for batch, *_ in losses(folder, "whole")] == list(range(1, 13))
+
+    a, b = (checkpoint(folder, name) for name in ("whole", "killed"))
     assert a["global_step"] == b["global_step"] == 12
     for key in a["state_dict"]:
         assert torch.equal(a["state_dict"][key], b["state_dict"][key]), key
@@ -73,15 +72,7 @@ def test_a_killed_run_goes_on_bit_equal(small: Path) -> None:
     assert all("lora_" in k or k.startswith("adapter.") for k in a["state_dict"]), "a checkpoint holds what is trained, nothing else"
 
 
-def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_bit_equal(small: Path) -> None:
+def test_the_last_checkpoint_is_of_the_last_step_and_goes_on_bit_equal(folder: Path) -> None:
     """Lightning's own ``ModelCheckpoint`` writes nothing at the end: ``last.ckpt`` would be of step 4, and 5 to 7 be lost."""
-    whole, parts = small / "whole.jsonl", small / "parts.jsonl"
-    (small / "small.yaml").write_text((small / "small.yaml").read_text().replace("every_n_train_steps: 2", "every_n_train_steps: 4"))
-    constant = "--model.init_args.schedule.decay=constant"
-    fit(small, whole, "--trainer.logger.init_args.name=whole", constant, "--trainer.max_steps=9")
-    fit(small, parts, "--trainer.logger.init_args.name=parts", constant, "--trainer.max_steps=7")
-    last = small / "runs/parts/version_0/checkpoints/last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 7
-    fit(small, parts, "--trainer.logger.init_args.name=parts", constant, "--trainer.max_steps=9", "--ckpt_path=last")
-    assert rows(parts) == rows(whole)
-    assert sorted(rows(whole)) == list(range(1, 10))
+    assert [row["batch"] for row in written(folder, "parts")] == list(range(1, 10)), "it went on from step 7"
+    assert losses(folder, "parts") == losses(folder, "all")
