@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .checkpoint import AtomicCheckpointIO
 from .models.loading import awaited, fill
 from .shards import Piece, elements, part, part_of, piece, put, shape, span
 
 if TYPE_CHECKING:
-    from .checkpoint import AtomicCheckpointIO
     from .tuning import TunedModule
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,10 +79,10 @@ class Sharing(Strategy):
             )
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        cast("AtomicCheckpointIO", self.checkpoint_io).save_pieces(checkpoint, filepath)
+        cast(AtomicCheckpointIO, self.checkpoint_io).save_pieces(checkpoint, filepath)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return cast("AtomicCheckpointIO", self.checkpoint_io).load_checkpoint(checkpoint_path, whole=False)
+        return cast(AtomicCheckpointIO, self.checkpoint_io).load_checkpoint(checkpoint_path, whole=False)
 
 
 class FSDP2(Sharing, ModelParallelStrategy):
@@ -111,6 +111,7 @@ class FSDP2(Sharing, ModelParallelStrategy):
         if offload and not torch.cuda.is_available():
             raise ValueError("FSDP2: offload takes weights from a GPU to the host's memory, and there is no GPU here")
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self.checkpoint_io = AtomicCheckpointIO()
         self.gather, self.offload = gather, offload
         if offload:
             self._process_group_backend = "cpu:gloo,cuda:nccl"
@@ -203,6 +204,7 @@ class ZeRO(Sharing, DeepSpeedStrategy):
                 raise ValueError("ZeRO: offload takes optimizer state from a GPU to the host's memory, and there is no GPU here")
             os.environ["DS_ACCELERATOR"] = "cpu"
         super().__init__(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
+        self.checkpoint_io = AtomicCheckpointIO()
         self.stage = stage
 
     @property

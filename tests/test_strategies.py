@@ -8,11 +8,13 @@ import re
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 from PIL import Image as PILImage
 
 from lightning_mmgen import cli
+from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.strategies import FSDP2, ZeRO
 from lightning_mmgen.tools.generate import load_module
 
@@ -160,6 +162,13 @@ def test_another_engine_goes_on_and_stops_when_one_rank_is_told_to(folder: Path)
 def test_what_needs_a_gpu_says_so_before_anything_is_built(kind: Any) -> None:
     with pytest.raises(ValueError, match="there is no GPU here"):
         kind(offload=True)
+
+
+@pytest.mark.parametrize("kind", [FSDP2, ZeRO])
+def test_a_trainer_of_ones_own_writes_pieces_too(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    trainer = L.Trainer(strategy=kind(), accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer.strategy.checkpoint_io, AtomicCheckpointIO)
 
 
 def test_quantised_weights_are_not_cut(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
