@@ -1,11 +1,15 @@
-"""What a model has learned of references, attribute by attribute and trait by trait, without sampling.
+"""What a model has learned of references, attribute by attribute and trait by trait.
 
-    python benchmarks/traits.py --ckpt runs/instruct/version_0/checkpoints/last.ckpt [--count 48]
+    python benchmarks/traits.py --ckpt runs/instruct/version_0/checkpoints/last.ckpt [--count 48] [--drawn 128]
 
-For one toy in a scene, its reference is drawn twice, with one attribute or trait changed between the two (a trait from a tenth to nine
-tenths of its range). The scene's noised latents, half-way between the two targets, are the same. Printed is how far the estimate of z_0
-moves along the true change of z_0: 0 is a reference that is ignored, 1 one that decides all. Less than 1 is right where the rest of the
-toy cannot be known, and where the noised latents already tell (small timesteps).
+First without sampling. For one toy in a scene, its reference is drawn twice, with one attribute or trait changed between the two (a trait
+from a tenth to nine tenths of its range). The scene's noised latents, half-way between the two targets, are the same. Printed is how far
+the estimate of z_0 moves along the true change of z_0: 0 is a reference that is ignored, 1 one that decides all. Less than 1 is right where
+the rest of the toy cannot be known, and where the noised latents already tell (small timesteps).
+
+Then as the oracle reads them in drawn pictures of held-out instructions, where it finds the toy (and its texture, for pitch and phase): how
+far each trait is off, over its range, and how it correlates with the reference's. A third is chance, a quarter the middle of the range. The
+last line has the object consistency that there would be if the traits that correlate were read without error, and every toy found.
 """
 
 from __future__ import annotations
@@ -15,15 +19,19 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from lightning_mmgen.callbacks import sample
 from PIL import Image
 
 from lightning_mmgen.batch import Condition, pack
 from lightning_mmgen.data.images import pixels
+from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.module import MultimodalDiffusion
+from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.tools.generate import load_module
+from lightning_mmgen.toybox.oracle import match, read_all
 from lightning_mmgen.toybox.render import portrait
 from lightning_mmgen.toybox.tasks import picture
-from lightning_mmgen.toybox.world import NAMES, TRAITS, Scene, place, random_toy
+from lightning_mmgen.toybox.world import NAMES, TRAITS, Scene, Toy, place, random_toy, trait_error
 
 TIMESTEPS = (999, 900, 800, 600, 400, 200)
 
@@ -72,10 +80,38 @@ def shown(model: MultimodalDiffusion, scenes: list[Scene]) -> Condition:
     return model.adapter(model.encoder(texts, [[1]] * len(texts), references))
 
 
+def drawn(model: MultimodalDiffusion, count: int) -> list[tuple[Toy, Toy]]:
+    """The toys that references show, and those that the oracle sees in their place, of the same shape and colour."""
+    source = ToyboxSource({"subject": 1.0}, length=256, held_out=True)
+    wanted = [source.record(i) for i in range(count)]
+    images = to_pil(sample(MultimodalPipeline.of(model), wanted, seed=1))
+    pairs = []
+    for seen, record in zip(read_all(np.stack([np.asarray(image) for image in images])), wanted, strict=True):
+        truth = record.extra["truth"]
+        found = zip((p.toy for p in truth.scene.toys), match(seen, truth), strict=True)
+        pairs += [(toy, s.toy) for toy, s in found if s and (s.toy.shape, s.toy.colour) == (toy.shape, toy.colour)]
+    return pairs
+
+
+def read_off(pairs: list[tuple[Toy, Toy]]) -> None:
+    """Print the second table."""
+    unread: dict[str, float] = {}
+    print(f"\n{'drawn':<10}{'toys':>7}{'error':>7}{'corr.':>7}")
+    for name in TRAITS:
+        shown = [(a, b) for a, b in pairs if name not in ("pitch", "phase") or a.texture == b.texture != "solid"]
+        alike = [(getattr(a, name), getattr(b, name)) for a, b in shown]
+        error, corr = np.mean([trait_error(name, *pair) for pair in alike]), np.corrcoef(np.array(alike).T)[0, 1]
+        unread |= {} if corr > 0.2 else {name: float(error)}
+        print(f"{name:<10}{len(alike):>7}{error:>7.2f}{corr:>7.2f}")
+    best = np.mean([1 - sum(unread.get(n, 0.0) for n in a.traits()) / len(a.traits()) for a, _ in pairs])
+    print(f"consistency without any error but in {', '.join(unread) or 'none'}: {best:.3f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ckpt", required=True)
     parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--drawn", type=int, default=128, help="held-out pictures")
     args = parser.parse_args()
     model, rng = load_module(args.ckpt), np.random.default_rng(5)
     scenes = [place(rng, (random_toy(rng),), style="flat") for _ in range(args.count)]
@@ -83,6 +119,7 @@ def main() -> None:
     for name in (*NAMES, *TRAITS):
         pairs = [p for i, s in enumerate(scenes) if (p := pair(s, name, i))]
         print(f"{name:<10}" + "".join(f"{share:7.2f}" for share in shares(model, pairs)), flush=True)
+    read_off(drawn(model, args.drawn))
 
 
 if __name__ == "__main__":

@@ -303,7 +303,7 @@ def score(picture: NDArray[np.uint8], truth: Truth) -> Score:
 def judge(reading: Reading, truth: Truth) -> Score:
     """:func:`score` of what was read in a picture."""
     scene = truth.scene
-    matched = _match(reading, truth)
+    matched = match(reading, truth)
     conditions: dict[str, bool] = {"background": reading.background == scene.background}
     if truth.style:
         conditions["style"] = reading.style == scene.style
@@ -329,7 +329,7 @@ def consistency(toy: Toy, seen: Seen | None) -> float:
     return 1 - float(np.mean(errors))
 
 
-def _match(reading: Reading, truth: Truth) -> list[Seen | None]:
+def match(reading: Reading, truth: Truth) -> list[Seen | None]:
     """For each toy asked for, the seen toy that it is compared with: the assignment with the most attributes right, then the nearest."""
     wanted = truth.scene.toys
     seen: list[Seen | None] = [*reading.toys, *[None] * len(wanted)]
