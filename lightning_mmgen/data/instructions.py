@@ -111,9 +111,11 @@ def fill(template: str, task: str, caption: str | None, references: Iterable[Ref
 
 
 def raw(record: Record) -> Record:
-    """The record as its raw input: pictures and caption, and no word of what they are or what is to be done with them."""
+    """The record as its raw input: pictures and caption, and no word of what they are or what is to be done with them. Where a picture is
+    the content, as in style transfer, its caption is discarded (section 3.2)."""
     references = tuple(replace(r, phrase="") for r in record.references)
-    text = " ".join([*(f"[ref#{r.marker}]" for r in references), record.caption or ""]).strip()
+    caption = "" if any(r.role == "content" for r in references) else record.caption or ""
+    text = " ".join([*(f"[ref#{r.marker}]" for r in references), caption]).strip()
     return replace(record, instruction=text, references=references)
 
 
