@@ -2,11 +2,11 @@
 
     python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 96] [--jobs 2] [--plot docs/edit.png]
 
-Trains ``experiments/edit_instruction.yaml`` at the toybox's size without the penalty, with each of its terms, with all of them, and over a
-sweep of the spatial term's weight, once a seed. Edits held-out scenes: local edits, global ones (background, style), and five turns on the
-model's own pictures. Success stands beside drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits
-inside a mask, from an instruction-tuned checkpoint and from the base (Instruct-Imagen, Table 2), rated by the oracle. What a run measured
-is kept beside its checkpoint.
+Trains ``experiments/edit_instruction.yaml`` at the toybox's size without the penalty, with each of its terms and with all of them, once a
+seed; over a sweep of the spatial term's weight for the first seed alone. Edits held-out scenes: local edits, global ones (background,
+style), and five turns on the model's own pictures. Success stands beside drift: a copy of the source drifts least. Then
+``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned checkpoint and from the base (Instruct-Imagen,
+Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
 """
 
 from __future__ import annotations
@@ -18,17 +18,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, work
 from lightning_mmgen.callbacks import sample
+from rated import overall, rate
 
 from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.edits import EditRecipe
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.data.recipe import sample_seed
 from lightning_mmgen.metrics.drift import MaskedMSE
-from lightning_mmgen.metrics.following import toybox_rating
-from lightning_mmgen.metrics.ratings import Ratings
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.oracle import score
@@ -40,21 +38,20 @@ MASKED, INSTRUCTED = (
     for f in ("edit_magicbrush.yaml", "instruct_imagen_sdxl.yaml")
 )
 TURNS = 5
-SWEEP = (0.1, 0.3, 1.0, 3.0)
-PENALTIES: dict[str, dict[str, float]] = {
+TERMS: dict[str, dict[str, float]] = {
     "no penalty": {},
     "all": {"spatial": 1.0, "temporal": 0.5, "turns": 0.5},
-    **{f"spatial {weight:g}": {"spatial": weight} for weight in SWEEP},
-    "temporal": {"temporal": 1.0},
-    "turns": {"turns": 1.0},
+    **{name: {name: 1.0} for name in ("spatial", "temporal", "turns")},
 }
+SWEEP: dict[str, dict[str, float]] = {f"spatial {weight:g}": {"spatial": weight} for weight in (0.3, 3.0, 10.0)}
 OFF = {"spatial": 0.0, "temporal": 0.0, "turns": 0.0, "identity": 0.0}
 Scores = dict[str, list[float]]
+Rated = dict[str, list[tuple[float, float]]]
 
 # -- runs ------------------------------------------------------------------------------------------------------------------------
 
 
-def measure(job: Job) -> Scores:
+def measure(job: Job) -> Scores | Rated:
     """Train and measure; ``before`` is the base as it is."""
     if job.name == "instruction tuning":
         fit(job, INSTRUCTED, [f"{MODEL}.start=null"])
@@ -67,7 +64,7 @@ def measure(job: Job) -> Scores:
         module.eval()
     else:
         callbacks: list[dict[str, Any]] = [{"class_path": "EMA", "init_args": {"decay": 0.99}}]
-        if terms := PENALTIES[job.name]:
+        if terms := (TERMS | SWEEP)[job.name]:
             callbacks.append({"class_path": "ConsistencyPenalty", "init_args": OFF | terms})
         module = fit(job, TOYBOX, [f"{MODEL}.start=null", f"--trainer.callbacks={json.dumps(callbacks)}"])
     pipeline = MultimodalPipeline.of(module)
@@ -76,15 +73,13 @@ def measure(job: Job) -> Scores:
     return scores | several_turns(pipeline, sessions, job.seed)
 
 
-def masked(job: Job) -> Scores:
+def masked(job: Job) -> Rated:
     """Fine-tune to edit inside a mask, and the oracle's SC and PQ of every picture."""
     start = job.other("instruction tuning").checkpoint if job.name == "masked, instructed" else "null"
     module, recipe = fit(job, MASKED, [f"{MODEL}.start={start}"]), EditRecipe(64, 64, show_mask=True)
     rngs = [np.random.default_rng((5, i)) for i in range(job.count)]
     wanted = [recipe.compose(edit_session(rng, True, 1)[0], None, rng) for rng in rngs]
-    drawn = to_pil(sample(MultimodalPipeline.of(module), wanted, seed=job.seed, side=64))
-    ratings = [toybox_rating(np.asarray(image), r.extra["truth"]) for image, r in zip(drawn, wanted, strict=True)]
-    return dict(zip(("sc", "pq"), map(list, zip(*ratings, strict=True)), strict=True))
+    return {"ratings": rate(module, wanted, job.seed)}
 
 
 def one_turn(pipeline: MultimodalPipeline, wanted: list[Record], seed: int) -> Scores:
@@ -128,31 +123,18 @@ def row(name: str, runs: list[Scores]) -> str:
     return f"{name:<16}" + "".join(f"{np.mean([np.mean(run[c]) for run in runs]):>{len(c) + 3}.4f}" for c in COLUMNS)
 
 
-def rated(runs: list[Scores]) -> dict[str, list[float]]:
-    """SC, PQ, O and accuracy (the share of pictures with SC = 1) of each seed."""
-    out: dict[str, list[float]] = {"sc": [], "pq": [], "o_instruct_imagen": [], "accuracy": []}
-    for run in runs:
-        metric = Ratings()
-        metric.update(torch.tensor(run["sc"]), torch.tensor(run["pq"]))
-        for name, value in metric.compute().items():
-            if name in out:
-                out[name].append(float(value))
-    return out
-
-
-def plot(found: dict[str, list[Scores]], path: str) -> None:
-    """The trade-off over the spatial term's weight: drift outside the mask against the success of local edits."""
+def plot(found: dict[str, Scores], path: str) -> None:
+    """The trade-off over the spatial term's weight, one seed: drift outside the mask against the success of local edits."""
     import matplotlib.pyplot as plt  # extra: benchmarks
 
+    points = {name: (np.mean(run["drift"]), np.mean(run["local success"])) for name, run in found.items()}
+    sweep = ["no penalty", *sorted((n for n in points if n.startswith("spatial")), key=lambda n: (TERMS | SWEEP)[n]["spatial"])]
     fig, ax = plt.subplots(figsize=(6, 4), dpi=150)
-    names = ["no penalty", *(f"spatial {weight:g}" for weight in SWEEP)]
-    xs, ys = ([np.mean([np.mean(run[key]) for run in found[name]]) for name in names] for key in ("drift", "local success"))
-    ax.plot(xs, ys, "o-", color="#4477aa")
+    ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
+    for name in sweep:
+        ax.annotate(name, points[name], textcoords="offset points", xytext=(5, 5), fontsize=8)
     for name in ("temporal", "turns", "all"):
-        point = (np.mean([np.mean(run[key]) for run in found[name]]) for key in ("drift", "local success"))
-        ax.plot(*point, "s", label=name)
-    for x, y, name in zip(xs, ys, names, strict=True):
-        ax.annotate(name, (float(x), float(y)), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        ax.plot(*points[name], "s", label=name)
     ax.set(xlabel="mean squared error outside the mask", ylabel="success of local edits")
     ax.legend()
     fig.tight_layout()
@@ -164,8 +146,10 @@ def main() -> None:
     more.add_argument("--plot", default="docs/edit.png")
     args = arguments("runs/claims/edit", 96, more)
     table_2 = ("masked, instructed", "masked, from the base")
-    scores = work(args, [["before", *PENALTIES, "instruction tuning", table_2[1]], [table_2[0]]], measure)
-    found = {name: [scores[name, s] for s in args.seeds] for name in ("before", *PENALTIES)}
+    first = argparse.Namespace(**{**vars(args), "seeds": args.seeds[:1]})
+    scores = work(args, [["before", *TERMS]], measure) | work(first, [[*SWEEP]], measure)
+    scores |= work(args, [["instruction tuning", table_2[1]], [table_2[0]]], measure)
+    found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in ("before", *TERMS, *SWEEP)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
     for name, runs in found.items():
         print(row(name, runs))
@@ -179,12 +163,13 @@ def main() -> None:
     print(claim("following that it costs", loss, "<=", 0.02))
     print(claim(f"consistency after {TURNS} turns, with the penalty", full[f"consistency after {TURNS} turns"], ">=", 0.7))
     print(f"\n{'':<24}{'SC':>8}{'PQ':>8}{'O':>8}{'accuracy':>10}")
-    for name in table_2:
-        sc, pq, o, accuracy = (np.mean(v) for v in rated([scores[name, s] for s in args.seeds]).values())
+    rated = {name: [overall(scores[name, s]["ratings"]) for s in args.seeds] for name in table_2}
+    for name, runs in rated.items():
+        sc, pq, o, _, accuracy = np.mean(runs, 0)
         print(f"{name:<24}{sc:>8.3f}{pq:>8.3f}{o:>8.3f}{accuracy:>10.3f}")
-    ours, base = (rated([scores[name, s] for s in args.seeds])["o_instruct_imagen"] for name in table_2)
-    print(claim("masked editing, O that instruction tuning adds", [a - b for a, b in zip(ours, base, strict=True)], ">=", 0.0))
-    plot(found, args.plot)
+    gains = [ours.o - base.o for ours, base in zip(*rated.values(), strict=True)]
+    print(claim("masked editing, O that instruction tuning adds", gains, ">=", 0.0))
+    plot({name: runs[0] for name, runs in found.items() if name != "before"}, args.plot)
 
 
 if __name__ == "__main__":

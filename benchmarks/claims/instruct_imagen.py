@@ -16,16 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from jobs import DATA, MODEL, Job, arguments, claim, fit, work
-from lightning_mmgen.callbacks import sample
+from rated import overall, rate
 
 from lightning_mmgen.data.instructions import DATA_SETS, InstructionRecipe, raw, read_templates
 from lightning_mmgen.data.sources import ToyboxSource
-from lightning_mmgen.metrics.following import toybox_rating
-from lightning_mmgen.metrics.ratings import Ratings
-from lightning_mmgen.module import MultimodalDiffusion
-from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.tasks import COMPOSITIONS
 
@@ -71,27 +66,12 @@ def records(name: str, count: int, without_instructions: bool) -> list[Record]:
     return [recipe.compose(replace(r, task=name), None, np.random.default_rng(i)) for i, r in enumerate(own)]
 
 
-def rate(module: MultimodalDiffusion, wanted: list[Record], seed: int) -> list[tuple[float, float]]:
-    """SC and PQ of a picture for each record."""
-    drawn = sample(MultimodalPipeline.of(module), wanted, seed=seed, side=64)
-    return [toybox_rating(np.asarray(image), record.extra["truth"]) for image, record in zip(to_pil(drawn), wanted, strict=True)]
-
-
 # -- tables ----------------------------------------------------------------------------------------------------------------------
-
-
-def overall(scores: list[tuple[float, float]]) -> tuple[float, float, float, float]:
-    """SC, PQ, and O in both forms."""
-    metric = Ratings()
-    sc, pq = torch.tensor(scores).T
-    metric.update(sc, pq)
-    values = metric.compute()
-    return tuple(float(values[k]) for k in ("sc", "pq", "o_instruct_imagen", "o_imagenhub"))  # type: ignore[return-value]
 
 
 def mean_o(scores: Scores, names: tuple[str, ...]) -> float:
     """O of the paper (sqrt of mean SC x mean PQ), averaged over tasks."""
-    return float(np.mean([overall(scores[name])[2] for name in names]))
+    return float(np.mean([overall(scores[name]).o for name in names]))
 
 
 def table(found: dict[str, list[Scores]]) -> None:
@@ -101,7 +81,7 @@ def table(found: dict[str, list[Scores]]) -> None:
         for task in names:
             cells = []
             for runs in found.values():
-                own = [overall(run[task]) for run in runs if task in run]
+                own = [overall(run[task])[:4] for run in runs if task in run]
                 cells.append("/".join(f"{x:.2f}" for x in np.mean(own, 0)) if own else "-")
             print(f"{task:<28}" + "".join(f"{cell:>30}" for cell in cells))
         whole = {name: runs for name, runs in found.items() if all(task in runs[0] for task in names)}
