@@ -39,7 +39,8 @@ class TableOptimizer(Optimizer):
     """AdamW and Muon (Jordan et al. 2024) of torch and Adafactor of transformers, as one optimizer that schedules, clips and saves as one.
 
     Muon orthogonalises the update of a matrix, so that directions with small gradients are learned as fast as those with large ones. Its
-    rate is scaled to AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both.
+    rate is scaled to AdamW's (Liu et al. 2025, section 2.2), so that one rate serves both. A convolution's kernel is a matrix too,
+    [out, in x height x width] (Jordan et al. 2024).
 
     Adafactor (Shazeer & Stern 2018, algorithms 4 and 5) keeps a second moment by rows and columns, of the last two axes of a tensor of two
     or more; a vector keeps all of its own. State is float32, as is all that is trained. The rate is the group's (no relative steps).
@@ -51,7 +52,7 @@ class TableOptimizer(Optimizer):
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], fused: bool) -> None:
         kinds: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
             "adamw": lambda chosen: AdamW(chosen, betas=betas, fused=fused),
-            "muon": lambda chosen: StackedMuon(chosen, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
+            "muon": lambda chosen: StackedMuon(chosen, momentum=0.9),
             "adafactor": lambda chosen: Adafactor(chosen, beta1=betas[0], scale_parameter=False, relative_step=False, warmup_init=False),
         }
         chosen = {kind: [g for g in groups if g["optimizer"] == kind] for kind in kinds}
@@ -72,10 +73,15 @@ class TableOptimizer(Optimizer):
 
 
 class StackedMuon(Muon):
-    """torch's Muon with the matrices of one shape, on one device, orthogonalised together: LoRA has hundreds of small ones. Settings and
-    state are torch's; the rate is scaled by ``match_rms_adamw``, with Nesterov momentum. Where processes hold parts of a matrix (FSDP2),
-    each gathers the whole of its momentum, orthogonalises it, and takes its own part.
+    """torch's Muon with the matrices of one shape, on one device, orthogonalised together: LoRA has hundreds of small ones. Kernels of
+    convolutions are flattened to matrices. State is torch's, settings are its defaults; the rate is scaled by ``match_rms_adamw``. Where
+    processes hold parts of a matrix (FSDP2), each gathers the whole of its momentum, orthogonalises it, and takes its own part.
     """
+
+    def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
+        settings = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7, "nesterov": True}
+        rates = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
+        Optimizer.__init__(self, params, settings | rates)  # Muon's own refuses kernels
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -93,11 +99,11 @@ class StackedMuon(Muon):
         momentum, lr = group["momentum"], group["lr"]
         held, own, kept = ([local(t) for t in tensors] for tensors in (matrices, grads, buffers))
         torch._foreach_lerp_(kept, own, 1 - momentum)
-        ahead = torch.stack([whole_of(m, t) for m, t in zip(matrices, torch._foreach_lerp(own, kept, momentum), strict=True)])
+        ahead = torch.stack([whole_of(m, t).flatten(1) for m, t in zip(matrices, torch._foreach_lerp(own, kept, momentum), strict=True)])
         update = orthogonal(ahead, group["ns_coefficients"], group["ns_steps"], group["eps"]).to(matrices[0].dtype)
         torch._foreach_mul_(held, 1 - lr * group["weight_decay"])
-        parts = [local(part_of(m, u)) for m, u in zip(matrices, update, strict=True)]
-        torch._foreach_add_(held, parts, alpha=-lr * 0.2 * max(shape) ** 0.5)
+        parts = [local(part_of(m, u.view(shape))) for m, u in zip(matrices, update, strict=True)]
+        torch._foreach_add_(held, parts, alpha=-lr * 0.2 * max(ahead.shape[1:]) ** 0.5)
 
 
 @cache

@@ -196,8 +196,8 @@ def test_stacked_steps_are_those_of_torchs_own_muon() -> None:
     shapes = [(8, 24), (24, 8), (8, 24), (16, 16), (8, 24), (24, 8)]
     ours = [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(i))) for i, s in enumerate(shapes)]
     theirs = copy.deepcopy(ours)
-    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw"}
-    optimizers = StackedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
+    optimizers = StackedMuon(ours, **settings), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
     for step in range(5):
         for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
             p.grad = q.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i)) if i != 4 or step else None
@@ -207,6 +207,29 @@ def test_stacked_steps_are_those_of_torchs_own_muon() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
     states = [o.state_dict()["state"] for o in optimizers]
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-6)
+
+
+def test_a_kernel_steps_as_the_matrix_that_it_flattens_to() -> None:
+    kernels = [nn.Parameter(torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(i))) for i in range(2)]
+    matrices = [nn.Parameter(k.detach().flatten(1).clone()) for k in kernels]
+    optimizers = StackedMuon(kernels, lr=1e-2), torch.optim.Muon(matrices, lr=1e-2, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        for i, (k, m) in enumerate(zip(kernels, matrices, strict=True)):
+            k.grad = torch.randn(k.shape, generator=torch.Generator().manual_seed(10 * step + i))
+            m.grad = k.grad.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    for k, m in zip(kernels, matrices, strict=True):
+        torch.testing.assert_close(k.flatten(1), m, rtol=0, atol=1e-3)
+
+
+def test_a_convolutions_kernel_goes_to_muon() -> None:
+    table = ParameterTable([Row("a", "full", lr=1.0, optimizer="muon")])
+    table.apply(nn.ModuleDict({"a": nn.Conv2d(2, 3, 3)}), [])
+    assert [(g["name"], g["optimizer"], [p.ndim for p in g["params"]]) for g in table.groups()] == [
+        ("a", "muon", [4]),
+        ("a (vectors)", "adamw", [1]),
+    ]
 
 
 @pytest.mark.parametrize(("hardware", "kind", "off"), [(True, torch.bfloat16, 0.05), (False, torch.float32, 1e-5)])
@@ -228,7 +251,7 @@ def test_muon_steps_a_matrix_that_is_cut_as_it_steps_the_whole(tmp_path: Path) -
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        whole = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+        whole = [nn.Parameter(torch.randn(shape)) for shape in ((6, 4), (6, 4), (6, 2, 3, 3))]
         cut = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
         optimizers = StackedMuon(whole, lr=0.1, weight_decay=0.1), StackedMuon(cut, lr=0.1, weight_decay=0.1)
         for _ in range(3):

@@ -32,7 +32,7 @@ class Row:
         target_modules: ends of the names of the linear layers that get LoRA; by default the attention projections below the row,
             or every linear layer where there are none.
         weight_decay: decoupled, as in AdamW.
-        optimizer: ``adamw``; ``muon`` for the row's matrices (its vectors stay with AdamW, at the same rate); ``adafactor``
+        optimizer: ``adamw``; ``muon`` for the row's matrices and kernels (its vectors stay with AdamW, at the same rate); ``adafactor``
             (Instruct-Imagen) for all of the row.
         dtype: of the frozen weights (``bfloat16``, say); what is trained is float32.
         checkpointing: recompute activations in the backward pass.
@@ -229,8 +229,8 @@ class ParameterTable:
         for s in self.states:
             rates = {"lr": s.row.lr, "weight_decay": s.row.weight_decay}
             kind = s.row.optimizer if known is None or s.row.optimizer in known else "adamw"
-            own = [p for _, p in s.parameters if kind != "muon" or p.ndim == 2]
-            rest = [p for _, p in s.parameters if kind == "muon" and p.ndim != 2]
+            own = [p for _, p in s.parameters if kind != "muon" or p.ndim > 1]
+            rest = [p for _, p in s.parameters if kind == "muon" and p.ndim < 2]
             if own:
                 groups.append({"name": s.row.match, "params": own, "optimizer": kind, **rates})
             if rest:
