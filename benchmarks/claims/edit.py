@@ -128,27 +128,26 @@ def plot(found: dict[str, Scores], path: str) -> None:
     import matplotlib.pyplot as plt  # extra: benchmarks
 
     points = {name: (np.mean(run["drift"]), np.mean(run["local success"])) for name, run in found.items()}
-    sweep = ["no penalty", *sorted((n for n in points if n.startswith("spatial")), key=lambda n: (TERMS | SWEEP)[n]["spatial"])]
+    weights = {name: (TERMS | SWEEP)[name]["spatial"] for name in points if name.startswith("spatial")}
+    sweep = ["no penalty", *sorted(weights, key=weights.__getitem__)]
     fig, ax = plt.subplots(figsize=(6, 4), dpi=150)
     ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
     for name in sweep:
-        ax.annotate(name, points[name], textcoords="offset points", xytext=(5, 5), fontsize=8)
+        label = f"spatial {weights[name]:g}" if name in weights else name
+        ax.annotate(label, points[name], textcoords="offset points", xytext=(5, 5), fontsize=8)
     for name in ("temporal", "turns", "all"):
         ax.plot(*points[name], "s", label=name)
     ax.set(xlabel="mean squared error outside the mask", ylabel="success of local edits")
+    ax.margins(0.15)
     ax.legend()
     fig.tight_layout()
     fig.savefig(path)
 
 
-def main() -> None:
-    more = argparse.ArgumentParser(add_help=False)
-    more.add_argument("--plot", default="docs/edit.png")
-    args = arguments("runs/claims/edit", 96, more)
-    table_2 = ("masked, instructed", "masked, from the base")
+def edits(args: argparse.Namespace) -> None:
+    """The penalty's terms, the sweep and its plot, and the claims about them."""
     first = argparse.Namespace(**{**vars(args), "seeds": args.seeds[:1]})
     scores = work(args, [["before", *TERMS]], measure) | work(first, [[*SWEEP]], measure)
-    scores |= work(args, [["instruction tuning", table_2[1]], [table_2[0]]], measure)
     found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in ("before", *TERMS, *SWEEP)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
     for name, runs in found.items():
@@ -161,15 +160,29 @@ def main() -> None:
     print(claim("consistency, with the penalty", full["consistency"], ">=", 0.85))
     print(claim("drift outside the mask, share that the penalty takes away", drop, ">=", 0.3))
     print(claim("following that it costs", loss, "<=", 0.02))
-    print(claim(f"consistency after {TURNS} turns, with the penalty", full[f"consistency after {TURNS} turns"], ">=", 0.7))
+    print(claim(f"consistency after {TURNS} turns, with the penalty", full[f"consistency after {TURNS} turns"], ">=", 0.7), flush=True)
+    plot({name: runs[0] for name, runs in found.items() if name != "before"}, args.plot)
+
+
+def masked_edits(args: argparse.Namespace) -> None:
+    """Instruct-Imagen's Table 2."""
+    names = ("masked, instructed", "masked, from the base")
+    scores = work(args, [["instruction tuning", names[1]], [names[0]]], measure)
+    rated = {name: [overall(scores[name, s]["ratings"]) for s in args.seeds] for name in names}
     print(f"\n{'':<24}{'SC':>8}{'PQ':>8}{'O':>8}{'accuracy':>10}")
-    rated = {name: [overall(scores[name, s]["ratings"]) for s in args.seeds] for name in table_2}
     for name, runs in rated.items():
         sc, pq, o, _, accuracy = np.mean(runs, 0)
         print(f"{name:<24}{sc:>8.3f}{pq:>8.3f}{o:>8.3f}{accuracy:>10.3f}")
     gains = [ours.o - base.o for ours, base in zip(*rated.values(), strict=True)]
     print(claim("masked editing, O that instruction tuning adds", gains, ">=", 0.0))
-    plot({name: runs[0] for name, runs in found.items() if name != "before"}, args.plot)
+
+
+def main() -> None:
+    more = argparse.ArgumentParser(add_help=False)
+    more.add_argument("--plot", default="docs/edit.png")
+    args = arguments("runs/claims/edit", 96, more)
+    edits(args)
+    masked_edits(args)
 
 
 if __name__ == "__main__":
