@@ -79,9 +79,8 @@ class StackedMuon(Muon):
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95) -> None:
-        settings = {"ns_coefficients": (3.4445, -4.775, 2.0315), "ns_steps": 5, "eps": 1e-7, "nesterov": True}
-        rates = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
-        Optimizer.__init__(self, params, settings | rates)  # Muon's own refuses kernels
+        settings = Muon([torch.zeros(1, 1)], lr, weight_decay, momentum, adjust_lr_fn="match_rms_adamw").defaults
+        Optimizer.__init__(self, params, settings)  # Muon's own refuses kernels
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -44,6 +44,7 @@ TERMS: dict[str, dict[str, float]] = {
     **{name: {name: 1.0} for name in ("spatial", "temporal", "turns")},
 }
 SWEEP: dict[str, dict[str, float]] = {f"spatial {weight:g}": {"spatial": weight} for weight in (0.3, 3.0, 10.0)}
+PENALTIES = TERMS | SWEEP
 OFF = {"spatial": 0.0, "temporal": 0.0, "turns": 0.0, "identity": 0.0}
 Scores = dict[str, list[float]]
 Rated = dict[str, list[tuple[float, float]]]
@@ -64,7 +65,7 @@ def measure(job: Job) -> Scores | Rated:
         module.eval()
     else:
         callbacks: list[dict[str, Any]] = [{"class_path": "EMA", "init_args": {"decay": 0.99}}]
-        if terms := (TERMS | SWEEP)[job.name]:
+        if terms := PENALTIES[job.name]:
             callbacks.append({"class_path": "ConsistencyPenalty", "init_args": OFF | terms})
         module = fit(job, TOYBOX, [f"{MODEL}.start=null", f"--trainer.callbacks={json.dumps(callbacks)}"])
     pipeline = MultimodalPipeline.of(module)
@@ -128,7 +129,7 @@ def plot(found: dict[str, Scores], path: str) -> None:
     import matplotlib.pyplot as plt  # extra: benchmarks
 
     points = {name: (np.mean(run["drift"]), np.mean(run["local success"])) for name, run in found.items()}
-    weights = {name: (TERMS | SWEEP)[name]["spatial"] for name in points if name.startswith("spatial")}
+    weights = {name: PENALTIES[name]["spatial"] for name in points if name.startswith("spatial")}
     sweep = ["no penalty", *sorted(weights, key=weights.__getitem__)]
     fig, ax = plt.subplots(figsize=(6, 4), dpi=150)
     ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
