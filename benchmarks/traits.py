@@ -1,6 +1,7 @@
 """What a model has learned of references, attribute by attribute and trait by trait.
 
     python benchmarks/traits.py --ckpt runs/instruct/version_0/checkpoints/last.ckpt [--count 48] [--drawn 128]
+    python benchmarks/traits.py --words  # of the shipped base, by captions that measure
 
 First without sampling. For one toy in a scene, its reference is drawn twice, with one attribute or trait changed between the two (a trait
 from a tenth to nine tenths of its range). The scene's noised latents, half-way between the two targets, are the same. Printed is how far
@@ -10,12 +11,16 @@ the rest of the toy cannot be known, and where the noised latents already tell (
 Then as the oracle reads them in drawn pictures of held-out instructions, where it finds the toy (and its texture, for pitch and phase): how
 far each trait is off, over its range, and how it correlates with the reference's. A third is chance, a quarter the middle of the range. The
 last line has the object consistency that there would be if the traits that correlate were read without error, and every toy found.
+
+With ``--words`` the first table alone, of the base before any reference: its captions name the toy and measure it (``measured``).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +28,7 @@ from lightning_mmgen.callbacks import sample
 from PIL import Image
 
 from lightning_mmgen.batch import Condition, pack
+from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.module import MultimodalDiffusion
@@ -56,11 +62,13 @@ def pair(scene: Scene, name: str, i: int) -> tuple[Scene, Scene] | None:
 
 
 @torch.no_grad()
-def shares(model: MultimodalDiffusion, pairs: list[tuple[Scene, Scene]]) -> list[float]:
-    """The mean share of the true change that the estimate of z_0 makes, at each of ``TIMESTEPS``."""
+def shares(
+    model: MultimodalDiffusion, pairs: list[tuple[Scene, Scene]], asked: Callable[[MultimodalDiffusion, list[Scene]], Condition]
+) -> list[float]:
+    """The mean share of the true change that the estimate of z_0 makes, at each of ``TIMESTEPS``, as the scenes are ``asked`` for."""
     sides = [list(scenes) for scenes in zip(*pairs, strict=True)]
     first, second = (model.codec.encode(torch.stack([pixels(picture(s)) for s in scenes])) for scenes in sides)
-    conditions = [shown(model, scenes) for scenes in sides]
+    conditions = [asked(model, scenes) for scenes in sides]
     middle, change = (first + second) / 2, second - first
     noise = torch.randn(first.shape, generator=torch.Generator().manual_seed(0))
     out = []
@@ -78,6 +86,19 @@ def shown(model: MultimodalDiffusion, scenes: list[Scene]) -> Condition:
     portraits = [Image.fromarray(portrait(s.toys[0].toy, "grey")) for s in scenes]
     references = pack([[pixels(p, model.encoder.reference_size)] for p in portraits])
     return model.adapter(model.encoder(texts, [[1]] * len(texts), references))
+
+
+def told(model: MultimodalDiffusion, scenes: list[Scene]) -> Condition:
+    """The scenes as captions that measure their toy."""
+    texts = [s.caption([s.toys[0].toy.words(list(s.toys[0].toy.measures()))]) for s in scenes]
+    return model.adapter(model.encoder(texts, [[]] * len(texts), []))
+
+
+def base() -> MultimodalDiffusion:
+    """What ``experiments/instruct.yaml`` starts from."""
+    model = lightning(["-c", str(Path(__file__).parents[1] / "experiments" / "instruct.yaml")], run=False).model
+    model.configure_model()
+    return model.eval()
 
 
 def drawn(model: MultimodalDiffusion, count: int) -> list[tuple[Toy, Toy]]:
@@ -109,17 +130,20 @@ def read_off(pairs: list[tuple[Toy, Toy]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--ckpt", required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt")
+    what.add_argument("--words", action="store_true", help="the shipped base, by captions that measure")
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--drawn", type=int, default=128, help="held-out pictures")
     args = parser.parse_args()
-    model, rng = load_module(args.ckpt), np.random.default_rng(5)
+    model, rng = base() if args.words else load_module(args.ckpt), np.random.default_rng(5)
     scenes = [place(rng, (random_toy(rng),), style="flat") for _ in range(args.count)]
     print(f"{'t':<10}" + "".join(f"{t:>7}" for t in TIMESTEPS))
     for name in (*NAMES, *TRAITS):
         pairs = [p for i, s in enumerate(scenes) if (p := pair(s, name, i))]
-        print(f"{name:<10}" + "".join(f"{share:7.2f}" for share in shares(model, pairs)), flush=True)
-    read_off(drawn(model, args.drawn))
+        print(f"{name:<10}" + "".join(f"{share:7.2f}" for share in shares(model, pairs, told if args.words else shown)), flush=True)
+    if not args.words:
+        read_off(drawn(model, args.drawn))
 
 
 if __name__ == "__main__":

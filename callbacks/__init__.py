@@ -15,6 +15,7 @@ from .language import LanguageEvaluation
 from .last_checkpoint import LastCheckpoint
 from .loggers import latest_scores, log_scores
 from .model_card import ModelCard
+from .pair_difference import PairDifference
 from .picture_grid import PictureGrid, grid
 from .picture_writer import PictureWriter
 from .preemption import Preemption
@@ -43,6 +44,7 @@ __all__ = [
     "LanguageEvaluation",
     "LastCheckpoint",
     "ModelCard",
+    "PairDifference",
     "PictureEvaluation",
     "PictureGrid",
     "PictureWriter",

@@ -23,6 +23,7 @@ from .data.crops import CropDataModule
 from .data.datamodule import MultimodalDataModule
 from .data.edits import EditDataModule
 from .data.instructions import InstructionDataModule
+from .data.pairs import PairedDataModule
 from .data.questions import VQADataModule
 from .data.retrieval import RetrievalDataModule
 from .data.shards import WebDatasetSource, WebDatasetStream
@@ -48,6 +49,7 @@ SHORT_NAMES = (
     InstructionDataModule,
     DreamBenchSource,
     PartiPromptsSource,
+    PairedDataModule,
     SuiteDataModule,
     MultimodalDataModule,
     MultimodalDiffusion,

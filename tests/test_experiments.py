@@ -128,7 +128,7 @@ def test_forms_of_instruct_imagen_on_the_toybox(form: str, tmp_path: Path, monke
 @pytest.mark.parametrize("recipe", PRETRAINING, ids=lambda p: p.stem)
 def test_what_made_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    batch = "--data.init_args.batch_size=2" if recipe.stem == "base" else "--model.init_args.batch_size=2"
+    batch = "--data.init_args.batch_size=2" if recipe.stem.startswith("base") else "--model.init_args.batch_size=2"
     cli = main(["fit", "-c", str(recipe), "--trainer.fast_dev_run=true", batch])
     assert cli.trainer.global_step == 1
 

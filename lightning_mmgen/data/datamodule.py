@@ -127,8 +127,12 @@ class MultimodalDataModule(L.LightningDataModule):
         if isinstance(self.train, Stream):
             data = StreamDataset(self.train, self.recipe, self.seed, self.batch_size, self.workers, *self._place())
             return (data.sample(StreamRow(0, 0, i, record)) for i, record in enumerate(self.train.read(0)))
-        dataset = RecordDataset(self.train, self.recipe, self.seed)
+        dataset = self.rows()
         return (dataset[Position(i, 0)] for i in range(len(dataset)))
+
+    def rows(self) -> RecordDataset:
+        """The training rows, ready by position."""
+        return RecordDataset(self.train, self.recipe, self.seed)
 
     def _place(self) -> tuple[int, int]:
         """Rank and number of ranks."""
@@ -150,7 +154,7 @@ class MultimodalDataModule(L.LightningDataModule):
         self._resume = self._sampler.seek(*self._resume)
         if self.trainer and self._resume[1]:  # the loop counts batches, which another number of devices makes larger or smaller
             self.trainer.fit_loop.epoch_loop.batch_progress.current.ready = self._resume[1] // (self.batch_size * world)
-        return self._loader(self.train, self._sampler, self.recipe, self.caches)
+        return self._loader(self.rows(), self._sampler, self.caches)
 
     def sampler(self, rank: int = 0, world: int = 1) -> OrderedSampler:
         """The order of the training rows."""
@@ -170,14 +174,15 @@ class MultimodalDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if self.held_out is None:
             return []
-        return self._loader(self.held_out, OrderedSampler(len(self.held_out), self.batch_size, None), self.held_out_recipe)
+        rows = RecordDataset(self.held_out, self.held_out_recipe, self.seed)
+        return self._loader(rows, OrderedSampler(len(rows), self.batch_size, None))
 
     test_dataloader = val_dataloader
     predict_dataloader = val_dataloader
 
-    def _loader(self, source: Source, sampler: OrderedSampler, recipe: Recipe, caches: Caches = Caches()) -> DataLoader[Any]:
+    def _loader(self, rows: RecordDataset, sampler: OrderedSampler, caches: Caches = Caches()) -> DataLoader[Any]:
         return DataLoader(
-            RecordDataset(source, recipe, self.seed),
+            rows,
             batch_sampler=sampler,
             num_workers=self.workers,
             collate_fn=partial(self.collate, caches=caches),

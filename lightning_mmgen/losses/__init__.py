@@ -2,7 +2,7 @@
 
 from .alignment import aggregate, alignment, channels, min_max
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
-from .diffusion import diffusion_loss, squared_error
+from .diffusion import difference, diffusion_loss, squared_error
 from .language import language_loss
 from .schedule import ExponentialSchedule, LinearSchedule
 from .term import AnsweringStep, DenoisingStep, LossTerm
@@ -18,6 +18,7 @@ __all__ = [
     "channels",
     "composite",
     "counted_mean",
+    "difference",
     "diffusion_loss",
     "earlier",
     "identity",

@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from ..prompt import CONTROLS, EDIT, Box, Picture, Record, Reference
 from .render import SIDE, draw, portrait
-from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Scene, Toy, held_out, place, random_scene
+from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, other_view, place, random_scene
 
 REFERENCE_SIDE = 48
 PREFIXES = ("", "", "draw ", "generate an image of ", "a picture of ")
@@ -90,6 +90,26 @@ def caption(rng: np.random.Generator, held: bool) -> Record:
     sizes, style = bool(rng.random() < 0.7), scene.style != "flat" or bool(rng.random() < 0.5)
     told = scene.caption(sizes=sizes, style=style)
     return _record("caption", str(rng.choice(PREFIXES)) + told, scene, [], Truth(scene, (), sizes, style), told)
+
+
+def measured(rng: np.random.Generator, held: bool, twin: bool = False, alone: bool = False) -> Record:
+    """A caption that names most of the toys' measures too, or none of them in a third of the cases. What published text-to-image models
+    know of shapes' proportions from their captions; a reference can only steer what the UNet can draw.
+
+    Args:
+        twin: every toy :meth:`~lightning_mmgen.toybox.world.Toy.mirrored`, all else as without it.
+        alone: one toy, large, in the centre of a grey picture, all measures named: where geometry is learned first.
+    """
+    scene = random_scene(rng, held=held, toys=1 if alone else None)
+    if alone:
+        scene = replace(other_view(rng, scene.toys[0].toy), background="grey")
+    if twin:
+        scene = replace(scene, toys=tuple(replace(p, toy=p.toy.mirrored()) for p in scene.toys))
+    sizes, style = bool(rng.random() < 0.7), scene.style != "flat" or bool(rng.random() < 0.5)
+    share = 1.0 if alone else 0.0 if rng.random() < 0.35 else 0.85
+    names = [p.toy.words([n for n, u in zip(p.toy.measures(), rng.random(5), strict=False) if u < share]) for p in scene.toys]
+    told = scene.caption(names, sizes=sizes, style=style)
+    return _record("measured", str(rng.choice(PREFIXES)) + told, scene, [], Truth(scene, (), sizes, style), told)
 
 
 def subject(rng: np.random.Generator, held: bool, toys: int | None = None) -> Record:
@@ -310,8 +330,7 @@ def measuring(rng: np.random.Generator, held: bool) -> Record:
     """A toy alone on its picture, and its unnamed traits on a scale of 0 to 9: what a VLM may report and no caption says."""
     scene, shown = _glimpses(rng, random_scene(rng, held=held, toys=1))
     toy = scene.toys[0].toy
-    marks = {name: int(10 * (value - TRAITS[name][0]) / (TRAITS[name][1] - TRAITS[name][0])) for name, value in toy.traits().items()}
-    answer = " ".join(f"{name} {min(mark, 9)}" for name, mark in marks.items())
+    answer = " ".join(f"{name} {mark}" for name, mark in toy.measures().items())
     return Record(
         "[ref#1]",
         (Reference(1, shown[0]),),
@@ -348,7 +367,7 @@ class ControlImages(Mapping[str, Picture]):
 
 
 TASKS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
-    f.__name__: f for f in (caption, subject, crops, style, style_transfer, control, edit, retrieval, question, naming, measuring)
+    f.__name__: f for f in (caption, measured, subject, crops, style, style_transfer, control, edit, retrieval, question, naming, measuring)
 }
 
 COMPOSITIONS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
@@ -362,6 +381,8 @@ COMPOSITIONS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
 
 ALL_TASKS = TASKS | COMPOSITIONS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
 ALL_TASKS |= {"one subject": partial(subject, toys=1), "edit turn": edit_turn}
+ALL_TASKS |= {"measured twin": partial(measured, twin=True), "measured alone": partial(measured, alone=True)}
+ALL_TASKS |= {"measured alone twin": partial(measured, twin=True, alone=True)}
 ALL_TASKS |= {"short question": partial(question, kinds=("colour", "shape", "count", "where"))}
-"""And ``control`` with one kind of picture alone, ``subject`` with one toy, ``edit`` at any turn, ``question`` with answers of a word or a
-few, and the compositions."""
+"""And ``control`` with one kind of picture alone, ``subject`` with one toy, ``edit`` at any turn, ``measured`` with twins and of one toy,
+``question`` with answers of a word or a few, and the compositions."""

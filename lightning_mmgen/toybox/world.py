@@ -8,6 +8,7 @@ outline, proportions), which no caption ever names: only a picture can tell them
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,14 +49,23 @@ class Toy:
     outline: float
     aspect: float
 
-    def words(self) -> str:
-        """The toy's named attributes, for example ``"red striped star"``."""
-        return f"{self.colour} {self.texture} {self.shape}"
+    def words(self, measures: Sequence[str] = ()) -> str:
+        """The toy's named attributes, and these of its measures: ``"red striped star"``, ``"red striped star hue 3 aspect 7"``."""
+        marks = self.measures()
+        return " ".join([self.colour, self.texture, self.shape, *(f"{name} {marks[name]}" for name in measures)])
 
     def traits(self) -> dict[str, float]:
         """The unnamed traits that show: a solid toy has neither pitch nor phase."""
         names = [n for n in TRAITS if self.texture != "solid" or n not in ("pitch", "phase")]
         return {name: getattr(self, name) for name in names}
+
+    def measures(self) -> dict[str, int]:
+        """The traits that show, on a scale of 0 to 9 over their ranges."""
+        return {n: min(int(10 * (value - TRAITS[n][0]) / (TRAITS[n][1] - TRAITS[n][0])), 9) for n, value in self.traits().items()}
+
+    def mirrored(self) -> Toy:
+        """Its twin: every trait as far from the other end of its range."""
+        return replace(self, **{name: low + high - getattr(self, name) for name, (low, high) in TRAITS.items()})
 
 
 @dataclass(frozen=True)
