@@ -161,7 +161,7 @@ def test_a_miss_is_encoded_anew_and_said(filled: Path, config: Path, tmp_path: P
     data = MultimodalDataModule(str(config.parent / "data/records.jsonl"), target_size=16, reference_size=16, batch_size=3)
     data.setup("fit")
     data.cache, data.caches = "there", Caches(moments=Cache(next(filled.glob("moments-*"))), vision=Cache(tmp_path))
-    loader = data._loader(data.train, data.train_dataloader().batch_sampler, data.recipe, data.caches)  # type: ignore[arg-type]
+    loader = data._loader(data.rows(), data.train_dataloader().batch_sampler, data.caches)  # type: ignore[arg-type]
     batch: Batch = next(iter(loader))[0]
     assert batch.moments is not None and batch.moments.target is not None and batch.references[0].patches is None
     missing = data.caches.moments.path(batch.target[1])  # type: ignore[union-attr]
