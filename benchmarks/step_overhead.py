@@ -63,7 +63,7 @@ class Alternate(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         data = trainer.datamodule
-        self.plain = PlainLoop(pl_module, data._loader(data.train, data._sampler, data.recipe))
+        self.plain = PlainLoop(pl_module, data._loader(data.rows(), data._sampler))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         now = time.perf_counter()
