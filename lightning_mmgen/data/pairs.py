@@ -9,7 +9,7 @@ from .cache import Caches
 from .datamodule import MultimodalDataModule
 from .order import Position, RecordDataset
 from .recipe import BadRow, Sample, collate
-from .sources import Source
+from .sources import Source, ToyboxSource
 
 
 class Pair(NamedTuple):
@@ -56,12 +56,13 @@ class PairedDataModule(MultimodalDataModule):
     """
 
     toybox: ClassVar[dict[str, Any]] = {"tasks": {"measured": 1.0}}
+    toybox_other: ClassVar[dict[str, Any]] = {"tasks": {"measured twin": 1.0}}
     toybox_held_out: ClassVar[dict[str, Any]] = {"tasks": {"caption": 1.0}, "length": 256}
     collate: ClassVar = staticmethod(collate_pairs)
 
     def __init__(self, train: Source | str, other: Source | str, held_out: Source | str | None = None, **settings: Any) -> None:
         super().__init__(train, held_out, **settings)
-        self.other = self._open(other, held_out=False)
+        self.other = ToyboxSource(**self.toybox_other) if other == "toybox" else self._open(other, held_out=False)
         if len(self.other) != len(self.train):
             raise ValueError(f"pairs need sources of one length, not {len(self.train)} rows (train) and {len(self.other)} (other)")
 

@@ -2,7 +2,8 @@
 
 A scene holds one or two toys on a plain background, in a rendering style. Every toy has *named* attributes (shape, colour,
 texture, size), which captions use, and *unnamed* continuous traits (exact hue, pitch and phase of the texture, width of the
-outline, proportions), which no caption ever names: only a picture can tell them.
+outline, proportions), which no caption names but those that measure (``measured``, for the base): in an instruction only a picture
+tells them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Toy:
 
     def words(self, measures: Sequence[str] = ()) -> str:
         """The toy's named attributes, and these of its measures: ``"red striped star"``, ``"red striped star hue 3 aspect 7"``."""
-        marks = self.measures()
+        marks = self.measures() if measures else {}
         return " ".join([self.colour, self.texture, self.shape, *(f"{name} {marks[name]}" for name in measures)])
 
     def traits(self) -> dict[str, float]:

@@ -92,8 +92,7 @@ def test_what_both_partners_miss_alike_does_not_count() -> None:
 ROWS = "[{match: encoder, train: frozen},{match: adapter, train: full, lr: 1.0e-3},{match: unet, train: frozen}]"
 PAIRED = [
     f"--model.init_args.parameters={ROWS}",
-    "--data={class_path: PairedDataModule, init_args: {train: toybox, other: "
-    "{class_path: ToyboxSource, init_args: {tasks: {measured twin: 1.0}}}, target_size: 16, batch_size: 2}}",
+    "--data={class_path: PairedDataModule, init_args: {train: toybox, other: toybox, target_size: 16, batch_size: 2}}",
     "--trainer.max_steps=2",
     "--trainer.callbacks+={class_path: PairDifference, init_args: {weight: 0.5}}",
 ]
@@ -108,7 +107,7 @@ def test_the_term_is_the_difference_of_each_steps_predictions(experiment: Path, 
                 step = module.denoising_step(batch)
                 loss = module.loss(step)
             target = module.diffusion.target(step.z0, step.noise, step.timesteps)
-            assert torch.equal(*step.timesteps.chunk(2)) and torch.equal(*step.noise.chunk(2))
+            assert not torch.equal(*batch.target.chunk(2)) and torch.equal(*step.timesteps.chunk(2)) and torch.equal(*step.noise.chunk(2))
             self.seen.append((float(loss["difference"]), float(difference(step.prediction, target))))
 
     watch = Watch()
