@@ -14,10 +14,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from claims.jobs import DATA, EXPERIMENTS, Job, arguments, fit, work
+from claims.jobs import DATA, Job, arguments, fit, shipped, work
 from lightning_mmgen.callbacks import sample
 
-from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.metrics.following import SCORES, ToyboxFollowing, interval
 from lightning_mmgen.pipeline import MultimodalPipeline
@@ -57,9 +56,7 @@ def prompts(kind: str, count: int) -> list[Record]:
 def measure(job: Job) -> dict[str, list[float]]:
     """Train, sample and score."""
     if job.name == "base":
-        module = lightning(["-c", str(EXPERIMENTS / "instruct.yaml")], run=False).model
-        module.configure_model()
-        module.eval()
+        module = shipped()
     else:
         module = fit(job, ["instruct.yaml"], [f"{DATA}.train.init_args.swap_references={str(job.name == 'swapped').lower()}"])
     out = {}

@@ -20,15 +20,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from claims.jobs import shipped
 from lightning_mmgen.callbacks import sample
 from PIL import Image
 
 from lightning_mmgen.batch import Condition, pack
-from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.module import MultimodalDiffusion
@@ -94,13 +93,6 @@ def told(model: MultimodalDiffusion, scenes: list[Scene]) -> Condition:
     return model.adapter(model.encoder(texts, [[]] * len(texts), []))
 
 
-def base() -> MultimodalDiffusion:
-    """What ``experiments/instruct.yaml`` starts from."""
-    model = lightning(["-c", str(Path(__file__).parents[1] / "experiments" / "instruct.yaml")], run=False).model
-    model.configure_model()
-    return model.eval()
-
-
 def drawn(model: MultimodalDiffusion, count: int) -> list[tuple[Toy, Toy]]:
     """The toys that references show, and those that the oracle sees in their place, of the same shape and colour."""
     source = ToyboxSource({"subject": 1.0}, length=256, held_out=True)
@@ -136,7 +128,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=48)
     parser.add_argument("--drawn", type=int, default=128, help="held-out pictures")
     args = parser.parse_args()
-    model, rng = base() if args.words else load_module(args.ckpt), np.random.default_rng(5)
+    model, rng = shipped() if args.words else load_module(args.ckpt), np.random.default_rng(5)
     scenes = [place(rng, (random_toy(rng),), style="flat") for _ in range(args.count)]
     print(f"{'t':<10}" + "".join(f"{t:>7}" for t in TIMESTEPS))
     for name in (*NAMES, *TRAITS):

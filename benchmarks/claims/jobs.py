@@ -60,6 +60,13 @@ def fit(job: Job, files: list[str], more: list[str]) -> Any:
     return load(job.checkpoint)
 
 
+def shipped() -> Any:
+    """What ``experiments/instruct.yaml`` starts from."""
+    model = lightning(["-c", str(EXPERIMENTS / "instruct.yaml")], run=False).model
+    model.configure_model()
+    return model.eval()
+
+
 def _do(job: Job, measure: Callable[[Job], Any]) -> None:
     torch.set_num_threads(job.threads)
     scores = measure(job)

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jobs import DATA, EXPERIMENTS, MODEL, Job, arguments, fit, interval, work
+from jobs import DATA, MODEL, Job, arguments, fit, interval, shipped, work
 from lightning_mmgen.callbacks import grid, sample
 from PIL import Image as PILImage
 
-from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.crops import Cropping, CropRecipe
 from lightning_mmgen.data.sources import ToyboxSource, write_jsonl
 from lightning_mmgen.metrics.following import ToyboxFollowing
@@ -183,9 +182,7 @@ def measure(job: Job) -> Scores:
 
 def base(job: Job) -> Scores:
     """The shipped model as it is."""
-    module = lightning(["-c", str(EXPERIMENTS / "instruct.yaml")], run=False).model
-    module.configure_model()
-    return following(MultimodalPipeline.of(module.eval()), captions(job.count), job.seed, "captions")
+    return following(MultimodalPipeline.of(shipped()), captions(job.count), job.seed, "captions")
 
 
 def stage_1(job: Job) -> Scores:
