@@ -6,6 +6,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -67,6 +69,13 @@ def shipped() -> Any:
     return model.eval()
 
 
+def _stop(*_: Any) -> None:
+    """What SIGTERM does to a benchmark: its trainings end with it."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.exit(128 + signal.SIGTERM)
+
+
 def _do(job: Job, measure: Callable[[Job], Any]) -> None:
     torch.set_num_threads(job.threads)
     scores = measure(job)
@@ -90,6 +99,7 @@ def work(args: argparse.Namespace, waves: list[list[str]], measure: Callable[[Jo
     """Scores by run and seed; ``measure`` trains and scores one job. A wave needs those before it; stops at the first that fails."""
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     runs, out = str(Path(args.runs).resolve()), {}
+    signal.signal(signal.SIGTERM, _stop)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for seed in args.seeds:
             for wave in waves:
