@@ -48,7 +48,12 @@ def main() -> None:
     args = parser.parse_args()
     warmup, source = 2, {"class_path": "ToyboxSource", "init_args": {"tasks": {"edit": 1.0}}}
     steps = len(VARIANTS) * (args.pairs + warmup)
-    edits = ["--data.class_path=EditDataModule", f"--data.init_args.train={json.dumps(source)}", "--data.init_args.held_out=null"]
+    edits = [
+        "--data.class_path=EditDataModule",
+        f"--data.init_args.train={json.dumps(source)}",
+        "--data.init_args.held_out=null",
+        "--data.init_args.batch_size=8",
+    ]
     experiment = ["-c", str(ROOT / "experiments/instruct.yaml"), f"--trainer.max_steps={steps}", "--trainer.callbacks=null"]
     cli = lightning([*experiment, *edits], run=False)
     penalty = ConsistencyPenalty()

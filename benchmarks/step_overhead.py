@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/step_overhead.py [--pairs 40]
 
-Both loops draw the same batches from the same data module, and run the same encoder, adapter, UNet, codec, loss, clipping and optimizer.
-The framework's step is what ``trainer.fit`` does between two batches, its logger and progress bar included; a callback hands the turn to
-the plain loop after every step. Prints the median of the pairwise ratios.
+Both loops draw the same batches of 8 from the same data module, and run the same encoder, adapter, UNet, codec, loss, clipping and
+optimizer. The framework's step is what ``trainer.fit`` does between two batches, its logger and progress bar included; a callback hands
+the turn to the plain loop after every step. Prints the median of the pairwise ratios.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=40)
     args = parser.parse_args()
-    experiment = ["-c", str(ROOT / "experiments/instruct.yaml"), f"--trainer.max_steps={args.pairs + 4}"]
+    experiment = ["-c", str(ROOT / "experiments/instruct.yaml"), f"--trainer.max_steps={args.pairs + 4}", "--data.init_args.batch_size=8"]
     cli = lightning([*experiment, "--trainer.callbacks=null"], run=False)
     alternate = Alternate(warmup=3)
     cli.trainer.callbacks.append(alternate)

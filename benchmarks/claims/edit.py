@@ -181,7 +181,7 @@ def masked_edits(args: argparse.Namespace) -> None:
 def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
     more.add_argument("--plot", default="docs/edit.png")
-    args = arguments("runs/claims/edit", 96, more)
+    args = arguments("runs/claims/edit", 96, more, steps=760)
     edits(args)
     masked_edits(args)
 

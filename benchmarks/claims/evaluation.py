@@ -1,6 +1,6 @@
 """Which scores of pictures tell the truth, and what the probes add, measured on the toybox against its oracle.
 
-    python benchmarks/claims/evaluation.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 96] [--jobs 2]
+    python benchmarks/claims/evaluation.py [--runs DIR] [--seeds 1 2 3] [--steps 270] [--count 96] [--jobs 2]
 
 Trains ``experiments/instruct.yaml`` three times a seed: on subjects shown by other pictures of them (``follows``), on one reference that is
 the target itself, with no words for it (``copies``), and on references of other records (``ignores``). Each draws the same held-out
@@ -74,7 +74,7 @@ def data(job: Job) -> list[str]:
         return [f"{DATA}.train={json.dumps(source)}"]
     folder = Path(job.runs) / "copies" / f"seed{job.seed}" / "records"
     if not (folder / "records.jsonl").is_file():
-        shown = (copied(r) for r in ToyboxSource(tasks, length=min(8 * job.steps, 4096), seed=job.seed))
+        shown = (copied(r) for r in ToyboxSource(tasks, length=min(24 * job.steps, 4096), seed=job.seed))
         write_jsonl(shown, folder)
     return [f"{DATA}.train={folder / 'records.jsonl'}"]
 

@@ -91,7 +91,7 @@ def table(found: dict[str, list[Scores]]) -> None:
 
 
 def main() -> None:
-    args = arguments("runs/claims/instruct_imagen", 32)
+    args = arguments("runs/claims/instruct_imagen", 32, steps=760)
     waves = [["retrieval", "no retrieval"], ["full", "multi-task", *(f"only {task}" for task in TASKS)]]  # the second needs stage 1
     scores = work(args, waves, measure)
     found = {model: [scores[model, s] for s in args.seeds] for model in MODELS}

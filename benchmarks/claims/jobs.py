@@ -84,7 +84,7 @@ def _do(job: Job, measure: Callable[[Job], Any]) -> None:
     print(f"{job.name}, seed {job.seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items() if v), flush=True)
 
 
-def arguments(runs: str, count: int, *more: argparse.ArgumentParser, steps: int = 760) -> argparse.Namespace:
+def arguments(runs: str, count: int, *more: argparse.ArgumentParser, steps: int = 270) -> argparse.Namespace:
     """The command line of a claims benchmark, and arguments of its own."""
     parser = argparse.ArgumentParser(parents=more)
     parser.add_argument("--runs", default=runs)

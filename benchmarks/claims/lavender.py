@@ -137,7 +137,7 @@ def asked_about(record: Record) -> Tensor | None:
 
 
 def main() -> None:
-    args = arguments("runs/claims/lavender", 512)
+    args = arguments("runs/claims/lavender", 512, steps=240)
     make_targets(Path(args.runs).resolve(), args.steps * BATCH)
     scores = work(args, [["before", *TARGETS]], measure)
     found = {name: [{k: float(np.mean(v)) for k, v in scores[name, s].items()} for s in args.seeds] for name in ("before", *TARGETS)}

@@ -1,6 +1,6 @@
 """What MUMU's paper found, measured on the toybox by its oracle (Berman & Peysakhovich 2024, section 6).
 
-    python benchmarks/claims/mumu.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 96] [--jobs 2]
+    python benchmarks/claims/mumu.py [--runs DIR] [--seeds 1 2 3] [--steps 270] [--count 96] [--jobs 2]
 
 Trains ``experiments/mumu_stage1.yaml`` and its variants at the toybox's size, once a seed, measures each on held-out toys, and prints one
 table: claim, threshold, figure with its 95 % interval over the seeds (Student's t), pictures, and whether it holds. What a run measured is
@@ -221,7 +221,7 @@ def fine_tune(job: Job) -> Scores:
         write_jsonl([Record(s.caption(style=False), target=picture(s), caption=s.caption(style=False)) for s in scenes], data)
     rows = [{"match": m, "train": "frozen"} for m in ("encoder.vision", "encoder.projector", "encoder.language", "adapter")]
     rows.append({"match": "unet", "train": "full", "lr": 3e-4})
-    more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}"]
+    more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}", f"{DATA}.batch_size=8"]
     tuned = fit(job, ["instruct.yaml"], more)
     module = load_module(job.other("stage 1").checkpoint)
     tuned.unet.save_pretrained(job.folder / "unet")
