@@ -18,11 +18,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, work
+from jobs import MODEL, Job, arguments, claim, fit, shipped, work
 from lightning_mmgen.callbacks import sample
 from rated import overall, rate
 
-from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.data.edits import EditRecipe
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.data.recipe import sample_seed
@@ -60,9 +59,7 @@ def measure(job: Job) -> Scores | Rated:
     if job.name.startswith("masked"):
         return masked(job)
     if job.name == "before":
-        module = lightning([*(x for f in TOYBOX for x in ("-c", str(EXPERIMENTS / f))), f"{MODEL}.start=null"], run=False).model
-        module.configure_model()
-        module.eval()
+        module = shipped(TOYBOX, f"{MODEL}.start=null")
     else:
         callbacks: list[dict[str, Any]] = [{"class_path": "EMA", "init_args": {"decay": 0.99}}]
         if terms := PENALTIES[job.name]:

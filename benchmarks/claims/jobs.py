@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,8 +53,7 @@ class Job(NamedTuple):
 def fit(job: Job, files: list[str], more: list[str]) -> Any:
     """One training, or what it left."""
     if not job.checkpoint.is_file():
-        args = [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
-        args += [f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
+        args = [*_layers(files), f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
         args += ["--trainer.callbacks={class_path: EMA, init_args: {decay: 0.99}}", "--trainer.enable_progress_bar=false"]
         run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
         args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
@@ -62,11 +61,15 @@ def fit(job: Job, files: list[str], more: list[str]) -> Any:
     return load(job.checkpoint)
 
 
-def shipped() -> Any:
-    """What ``experiments/instruct.yaml`` starts from."""
-    model = lightning(["-c", str(EXPERIMENTS / "instruct.yaml")], run=False).model
+def shipped(files: Sequence[str] = ("instruct.yaml",), *more: str) -> Any:
+    """What a training of these experiments starts from."""
+    model = lightning([*_layers(files), *more], run=False).model
     model.configure_model()
     return model.eval()
+
+
+def _layers(files: Sequence[str]) -> list[str]:
+    return [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
 
 
 def _stop(*_: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, interval, work
+from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, interval, shipped, work
 from lightning_mmgen.callbacks.answers import exact_match
 from safetensors import safe_open
 from torch import Tensor
@@ -70,11 +70,8 @@ def make_noise(folder: Path, out: Path) -> None:
 
 def measure(job: Job) -> Scores:
     """Train and measure; ``before`` is the VLM as it is."""
-    recipe = str(EXPERIMENTS / "lavender.yaml")
     if job.name == "before":
-        module = lightning(["-c", recipe, NONE], run=False).model
-        module.configure_model()
-        module.eval()
+        module = shipped(["lavender.yaml"], NONE)
     else:
         train = {"class_path": "ToyboxSource", "init_args": {"tasks": {"short question": 1.0}, "length": job.steps * BATCH}}
         more = [f"--data.init_args.train={json.dumps(train)}", f"--data.init_args.batch_size={BATCH}"]
@@ -84,7 +81,7 @@ def measure(job: Job) -> Scores:
             callbacks.append({"class_path": "AttentionAlignment"})
         else:
             more.append(NONE)
-            rows = lightning(["-c", recipe, NONE], run=False).model.table.rows
+            rows = lightning(["-c", str(EXPERIMENTS / "lavender.yaml"), NONE], run=False).model.table.rows
             more.append(f"{MODEL}.parameters={json.dumps([asdict(r) for r in rows if r.match not in ('aligner', 'codec')])}")
         module = fit(job, ["lavender.yaml"], [*more, f"--trainer.callbacks={json.dumps(callbacks)}"])
     out: Scores = {}

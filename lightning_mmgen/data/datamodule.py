@@ -78,8 +78,8 @@ class MultimodalDataModule(L.LightningDataModule):
         if buckets is not None and regions:
             raise ValueError("buckets: regions are of the square in the middle of a target; leave one of the two out")
         self.buckets = buckets
-        self.train: Any = train if isinstance(train, Stream) else self._open(train, held_out=False)  # a Source or Stream
-        self.held_out: Source | None = None if held_out is None else self._open(held_out, held_out=True)
+        self.train: Any = train if isinstance(train, Stream) else self._open(train, self.toybox)  # a Source or Stream
+        self.held_out: Source | None = None if held_out is None else self._open(held_out, self.toybox_held_out, held_out=True)
         self.target_size, self.reference_size, self.batch_size, self.workers = target_size, reference_size, batch_size, workers
         self.seed, self.bad_rows, self.check, self.regions = seed, bad_rows, check, regions
         self.cache, self.caches = cache, Caches()
@@ -91,9 +91,10 @@ class MultimodalDataModule(L.LightningDataModule):
         self._resume_stream: list[dict[str, Any]] | None = None
         self._stand_in: Any = None
 
-    def _open(self, source: Source | str, held_out: bool) -> Source:
+    @staticmethod
+    def _open(source: Source | str, toybox: dict[str, Any], held_out: bool = False) -> Source:
         if source == "toybox":
-            return ToyboxSource(**(self.toybox_held_out if held_out else self.toybox), held_out=held_out)
+            return ToyboxSource(**toybox, held_out=held_out)
         return open_source(source) if isinstance(source, str) else source
 
     def make_recipe(self, reference_size: int, encoder: Encoder | None, held_out: bool) -> Recipe:

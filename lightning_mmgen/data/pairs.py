@@ -9,7 +9,7 @@ from .cache import Caches
 from .datamodule import MultimodalDataModule
 from .order import Position, RecordDataset
 from .recipe import BadRow, Sample, collate
-from .sources import Source, ToyboxSource
+from .sources import Source
 
 
 class Pair(NamedTuple):
@@ -62,7 +62,7 @@ class PairedDataModule(MultimodalDataModule):
 
     def __init__(self, train: Source | str, other: Source | str, held_out: Source | str | None = None, **settings: Any) -> None:
         super().__init__(train, held_out, **settings)
-        self.other = ToyboxSource(**self.toybox_other) if other == "toybox" else self._open(other, held_out=False)
+        self.other = self._open(other, self.toybox_other)
         if len(self.other) != len(self.train):
             raise ValueError(f"pairs need sources of one length, not {len(self.train)} rows (train) and {len(self.other)} (other)")
 
