@@ -2,6 +2,7 @@
 
 from .answers import AnswerEvaluation
 from .attention_alignment import AttentionAlignment
+from .caption_teacher import CaptionTeacher
 from .clip_score import CLIPScoreEvaluation
 from .consistency_penalty import ConsistencyPenalty
 from .dashboard import Dashboard
@@ -33,6 +34,7 @@ __all__ = [
     "AnswerEvaluation",
     "AttentionAlignment",
     "CLIPScoreEvaluation",
+    "CaptionTeacher",
     "ConsistencyPenalty",
     "Dashboard",
     "DriftEvaluation",

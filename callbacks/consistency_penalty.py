@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from lightning_mmgen.batch import Batch, Edit
 from lightning_mmgen.losses import (
@@ -27,9 +25,9 @@ from lightning_mmgen.losses import (
     turns,
 )
 from lightning_mmgen.models.dino import Dino
-from lightning_mmgen.shards import is_sharded
 
-from .ema import averaged, evaluation_mode
+from .ema import averaged
+from .teacher import taught
 
 if TYPE_CHECKING:
     from lightning_mmgen.module import MultimodalDiffusion
@@ -116,18 +114,12 @@ class ConsistencyPenalty(LossTerm):
         }
         return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
 
-    @torch.no_grad()
     def teacher(self, step: DenoisingStep) -> Tensor:
         """The estimate of z_0 at t', [b, c, h, w], by the averaged weights from the prompt on."""
         diffusion, ema = self.module.diffusion, averaged(self.trainer)
         timesteps = earlier(step.batch.seed, step.timesteps)
         z_t = diffusion.add_noise(step.z0, step.noise, timesteps)
-        shared = any(map(is_sharded, self.module.trainable().values()))
-        mean = {}
-        if ema and not shared:
-            mean = {f"module.{n}": w.to(self.module.get_parameter(n).dtype) for n, w in ema.mean.items()}
-        with evaluation_mode(self.module), ema.swapped(self.module) if ema and shared else nullcontext():
-            prediction = functional_call(_Pass(self.module), mean, (step, z_t, timesteps))
+        prediction = taught(self.module, ema.mean if ema else {}, step.batch, z_t, timesteps, step.condition.source)
         return diffusion.estimate_z0(prediction, z_t, timesteps)
 
     def likeness(self, z0_hat: Tensor, edit: Edit, weight: Tensor) -> Tensor:
@@ -148,19 +140,6 @@ class ConsistencyPenalty(LossTerm):
         self.without = self.without + batch.size if batch.edit is None else None
         if self.without is not None and self.without >= PATIENCE:
             raise ValueError(f"ConsistencyPenalty: none of the first {self.without} samples is an edit; data: EditDataModule reads edits")
-
-
-class _Pass(nn.Module):
-    """From prompts to a prediction in one forward, for ``functional_call``."""
-
-    def __init__(self, module: MultimodalDiffusion) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, step: DenoisingStep, z_t: Tensor, timesteps: Tensor) -> Tensor:
-        height, width = step.batch.target.shape[-2:]
-        condition = self.module.condition(step.batch)._replace(source=step.condition.source)
-        return self.module(z_t, timesteps, condition, (height, width))
 
 
 def _nothing(batch: Batch) -> Edit:

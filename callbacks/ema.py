@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,18 +45,9 @@ class EMA(Callback):
         weights = [part(p).float() for p in pl_module.trainable().values()]  # type: ignore[operator]
         torch._foreach_lerp_(list(self.mean.values()), weights, 1 - decay)
 
-    @contextmanager
-    def swapped(self, pl_module: LightningModule) -> Iterator[None]:
+    def swapped(self, pl_module: LightningModule) -> AbstractContextManager[None]:
         """The module holds the averaged weights within this block."""
-        weights = pl_module.trainable()  # type: ignore[operator]
-        kept = {n: part(p).clone() for n, p in weights.items()}
-        for n, p in weights.items():
-            put(p, self.mean[n])
-        try:
-            yield
-        finally:
-            for n, p in weights.items():
-                put(p, kept[n])
+        return holding(pl_module, self.mean)
 
     def state_dict(self) -> dict[str, Any]:
         if self.module is None:
@@ -65,6 +56,20 @@ class EMA(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.mean, self.module = state_dict["updates"], state_dict["mean"], None
+
+
+@contextmanager
+def holding(pl_module: LightningModule, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module holds these values of what is trained within this block, each as this process holds the weight."""
+    weights = pl_module.trainable()  # type: ignore[operator]
+    kept = {n: part(p).clone() for n, p in weights.items()}
+    for n, p in weights.items():
+        put(p, values[n])
+    try:
+        yield
+    finally:
+        for n, p in weights.items():
+            put(p, kept[n])
 
 
 def averaged(trainer: Trainer) -> EMA | None:

@@ -3,6 +3,7 @@
 from .alignment import aggregate, alignment, channels, min_max
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
 from .diffusion import difference, diffusion_loss, squared_error
+from .distillation import relative_error
 from .language import language_loss
 from .schedule import ExponentialSchedule, LinearSchedule
 from .term import AnsweringStep, DenoisingStep, LossTerm
@@ -26,6 +27,7 @@ __all__ = [
     "latent_mask",
     "min_max",
     "outside",
+    "relative_error",
     "snr_weight",
     "spatial",
     "squared_error",

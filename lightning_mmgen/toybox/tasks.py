@@ -40,6 +40,11 @@ class Truth:
     place: bool = True
     edited: str | None = None
 
+    def caption(self) -> str:
+        """The scene in words, with the measures of the toys that are shown."""
+        shown = {toy for toy, _ in self.shown}
+        return self.scene.caption([p.toy.words(tuple(p.toy.measures()) if k in shown else ()) for k, p in enumerate(self.scene.toys)])
+
 
 def picture(scene: Scene, side: int = SIDE) -> Image:
     """The scene as an upright RGB picture."""

@@ -1,0 +1,98 @@
+"""What a caption's words make of a noisy picture teaches how to read an instruction's pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_mmgen.batch import Batch
+from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, relative_error, squared_error
+from lightning_mmgen.models.attention import layers_of
+from lightning_mmgen.shards import part, part_of, piece
+
+from .teacher import taught
+
+if TYPE_CHECKING:
+    from lightning_mmgen.module import MultimodalDiffusion
+
+
+class CaptionTeacher(LossTerm):
+    """Asks of a prompt with pictures what the model, as the fit found it, predicts when it reads the target's caption in their place.
+
+    The teacher has the weights that the fit began with, and reads the same z_t. Its prediction e_T is a function of words alone, where the
+    target holds all that no prompt tells (score distillation of Kosmos-G, Pan et al. 2024, section 2.3); the outputs f_l of the UNet's
+    cross-attention layers say at each layer what is to be read (feature distillation of BK-SDM, Kim et al. 2024, equation 3, here
+    relative to the teacher's): L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l || f_l - f_l,T ||^2 / || f_l,T ||^2).
+
+    What the captions leave out is learned from the targets, by L_0. Samples without a caption add nothing; of one whose prompt was
+    dropped the teacher reads no more either. A step costs one more forward pass without gradients. The teacher's weights are part of the
+    checkpoint.
+
+    Args:
+        weight: factor of both terms.
+        prediction, features: their shares; one of 0 is neither computed nor logged.
+
+    Raises:
+        ValueError: a share below 0, or both 0.
+    """
+
+    def __init__(self, weight: float = 1.0, prediction: float = 1.0, features: float = 1.0) -> None:
+        super().__init__(weight)
+        if min(prediction, features) < 0 or not prediction + features:
+            raise ValueError(f"CaptionTeacher: prediction and features must be 0 or more, and not both 0, not {prediction} and {features}")
+        self.shares = {"taught": prediction, "taught_features": features}
+        self.first: dict[str, Tensor] = {}
+        self.seen: dict[Any, Tensor] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.module = cast("MultimodalDiffusion", pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        weights = self.module.trainable()
+        found = {n: part_of(p, self.first[n]) if n in self.first else part(p) for n, p in weights.items()}
+        self.first = {n: value.to(part(weights[n]).device, copy=True) for n, value in found.items()}
+
+    @contextmanager
+    def watching(self, module: LightningModule) -> Iterator[None]:
+        """Keep the outputs of the cross-attention layers; of several passes, the last."""
+        self.seen, kept = {}, [layer.register_forward_hook(self._see) for layer in layers_of(self.module.unet).values()]
+        try:
+            yield
+        finally:
+            for hook in kept:
+                hook.remove()
+
+    def _see(self, layer: Any, inputs: Any, output: Tensor) -> None:
+        self.seen[layer] = output
+
+    def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
+        if not self.first or not self.module.training:
+            return {}
+        batch, own = step.batch, self.seen
+        with self.watching(self.module):
+            prediction = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
+        told, self.seen = self.seen, {}
+        counts = torch.tensor([bool(caption) for caption in batch.captions], device=prediction.device)
+        terms = {
+            "taught": lambda: squared_error(step.prediction, prediction),
+            "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
+        }
+        return {name: share * counted_mean(terms[name](), counts) for name, share in self.shares.items() if share}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": {n: piece(self.module.get_parameter(n), value) for n, value in self.first.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first = state_dict["first"]
+
+
+def in_words(batch: Batch) -> Batch:
+    """The batch with each target's caption in the place of its instruction; nothing in the place of nothing."""
+    texts = [c if text else "" for c, text in zip(batch.captions, batch.instructions, strict=True)]
+    none: Sequence[Any] = [[] for _ in texts]
+    return batch._replace(instructions=texts, markers=list(none), references=[], phrases=None)

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning_mmgen.callbacks import CaptionTeacher
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lightning_mmgen.cli import main
+from lightning_mmgen.diffusion import ConditionDropout
+from lightning_mmgen.losses import DenoisingStep
+from lightning_mmgen.models.attention import layers_of
+
+from ..conftest import DROPOUT_ROWS
+
+SOURCE = {"class_path": "ToyboxSource", "init_args": {"tasks": {"subject": 1.0}, "length": 12, "measures": True}}
+
+
+def fit(experiment: Path, out: Path, *more: str, **settings: float) -> LightningCLI:
+    """Three steps on subjects, with dropout of LoRA and of conditions."""
+    teacher = {"class_path": "CaptionTeacher", "init_args": settings}
+    data = (f"--data.init_args.train={json.dumps(SOURCE)}", "--data.init_args.batch_size=4")
+    model = (f"--model.init_args.parameters={json.dumps(DROPOUT_ROWS)}", "--model.init_args.condition_dropout.both=0.3")
+    where = (f"--trainer.logger.init_args.save_dir={out}", f"--trainer.callbacks+={json.dumps(teacher)}")
+    return main(["fit", "-c", str(experiment), *data, *model, *where, *(more or ["--trainer.max_steps=3"])])
+
+
+def logged(out: Path, version: int = 0) -> dict[str, list[float]]:
+    """The losses of a run, step by step."""
+    events = EventAccumulator(str(out / "tiny" / f"version_{version}"))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("loss")}
+
+
+@pytest.fixture(scope="module")
+def run(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LightningCLI, Path]:
+    """A fit with both terms, and where it lies."""
+    out = tmp_path_factory.mktemp("run")
+    return fit(experiment, out, weight=0.5, features=2.0), out
+
+
+def teacher_of(cli: LightningCLI) -> CaptionTeacher:
+    return next(c for c in cli.trainer.callbacks if isinstance(c, CaptionTeacher))
+
+
+def a_step(cli: LightningCLI, empty: int = 0) -> DenoisingStep:
+    """What a training step knows of four records, nothing dropped, the first ``empty`` without a caption."""
+    batch, _ = next(iter(cli.datamodule.train_dataloader()))
+    cli.model.condition_dropout = ConditionDropout(0.0)
+    cli.model.train()
+    with teacher_of(cli).watching(cli.model):
+        return cli.model.denoising_step(batch._replace(captions=[*[""] * empty, *batch.captions[empty:]]))  # type: ignore[no-any-return]
+
+
+def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor]]:
+    """The first weights' prediction from the captions, and the outputs of the UNet's cross-attention."""
+    module, outputs = cli.model, []
+    kept = {n: p.detach().clone() for n, p in module.trainable().items()}
+    layers = [m for n, m in module.unet.named_modules() if n.endswith("attn2")]
+    assert layers == list(layers_of(module.unet).values())
+    hooks = [m.register_forward_hook(lambda _, __, out: outputs.append(out)) for m in layers]
+    module.eval()
+    with torch.no_grad():
+        for n, p in module.trainable().items():
+            p.copy_(teacher_of(cli).first[n])
+        condition = module.adapter(module.encoder(step.batch.captions, [[]] * 4, []))
+        prediction = module(step.z_t, step.timesteps, condition, tuple(step.batch.target.shape[-2:]))
+        for n, p in module.trainable().items():
+            p.copy_(kept[n])
+    for hook in hooks:
+        hook.remove()
+    module.train()
+    return prediction, outputs
+
+
+def test_both_terms_are_logged_and_part_of_the_loss(run: tuple[LightningCLI, Path]) -> None:
+    losses = logged(run[1])
+    assert set(losses) == {"loss", "loss/diffusion", "loss/taught", "loss/taught_features"}
+    assert min(losses["loss/taught"]) > 0 and min(losses["loss/taught_features"]) > 0
+    np.testing.assert_allclose(np.sum([v for tag, v in losses.items() if tag != "loss"], axis=0), losses["loss"], rtol=1e-5)
+
+
+def test_the_terms_are_those_of_the_definition(run: tuple[LightningCLI, Path]) -> None:
+    cli, _ = run
+    step = a_step(cli)
+    own = [*teacher_of(cli).seen.values()]
+    found = teacher_of(cli).compute(step)
+    prediction, outputs = by_hand(cli, step)
+    torch.testing.assert_close(found["taught"], (step.prediction - prediction).square().mean())
+    shares = [((f - t).square().sum((1, 2)) / t.square().sum((1, 2))).mean() for f, t in zip(own, outputs, strict=True)]
+    torch.testing.assert_close(found["taught_features"], 2 * torch.stack(shares).mean())
+
+
+def test_the_teacher_is_the_model_as_the_fit_found_it(run: tuple[LightningCLI, Path], experiment: Path, tmp_path: Path) -> None:
+    first = teacher_of(run[0]).first
+    assert first.keys() == run[0].model.trainable().keys()
+    assert any(not torch.equal(p, first[n]) for n, p in run[0].model.trainable().items())
+    assert all(not w.any() for n, w in first.items() if "lora_B" in n)  # nothing added yet
+    fit(experiment, tmp_path / "half", "--trainer.max_steps=2")
+    last = tmp_path / "half" / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    resumed = fit(experiment, tmp_path / "rest", "--trainer.max_steps=3", "--ckpt_path", str(last))
+    whole = fit(experiment, tmp_path / "whole")
+    assert all(torch.equal(w, first[n]) for n, w in teacher_of(resumed).first.items())
+    assert all(torch.equal(p, whole.model.trainable()[n]) for n, p in resumed.model.trainable().items())
+
+
+def test_a_caption_read_in_place_of_itself_teaches_nothing(experiment: Path, tmp_path: Path) -> None:
+    cli = fit(experiment, tmp_path, "--trainer.max_steps=1", "--model.init_args.schedule.warmup=1000000000")
+    step = a_step(cli)
+    cli.model.eval()
+    with torch.no_grad(), teacher_of(cli).watching(cli.model):
+        batch = step.batch._replace(instructions=step.batch.captions, markers=[[]] * 4, references=[])
+        height, width = batch.target.shape[-2:]
+        prediction = cli.model(step.z_t, step.timesteps, cli.model.condition(batch), (height, width))
+        same = step._replace(batch=batch, prediction=prediction)
+    cli.model.training = True  # of the module alone: its parts draw no dropout
+    found = teacher_of(cli).compute(same)
+    assert found["taught"] < 1e-8 and found["taught_features"] < 1e-8
+    assert teacher_of(cli).compute(a_step(cli))["taught"] > 1e-4
+
+
+def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -> None:
+    cli, _ = run
+    some = a_step(cli, empty=2)
+    found = teacher_of(cli).compute(some)
+    prediction, _ = by_hand(cli, some)
+    torch.testing.assert_close(found["taught"], (some.prediction - prediction)[2:].square().mean())
+    gone = teacher_of(cli).compute(a_step(cli, empty=4))
+    assert gone["taught"] == 0 and gone["taught"].requires_grad
+
+
+def test_a_dropped_prompt_is_taught_by_an_empty_one(run: tuple[LightningCLI, Path]) -> None:
+    from lightning_mmgen.callbacks.caption_teacher import in_words
+
+    batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", ""], captions=["a", "b", "", ""])
+    assert in_words(batch).instructions == ["", "b", "", ""]
+
+
+def test_held_out_batches_have_no_teacher(run: tuple[LightningCLI, Path]) -> None:
+    step = a_step(run[0])
+    run[0].model.eval()
+    assert teacher_of(run[0]).compute(step) == {}
+
+
+@pytest.mark.parametrize("settings", [{"prediction": -1.0}, {"prediction": 0.0, "features": 0.0}])
+def test_shares_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="0 or more, and not both 0"):
+        CaptionTeacher(**settings)
+
+
+def test_a_share_of_zero_is_absent(experiment: Path, tmp_path: Path) -> None:
+    fit(experiment, tmp_path, "--trainer.max_steps=1", features=0.0)
+    assert set(logged(tmp_path)) == {"loss", "loss/diffusion", "loss/taught"}
+
+
+def test_captions_that_measure_name_what_references_show() -> None:
+    from lightning_mmgen.data.sources import ToyboxSource
+
+    plain, measured = (ToyboxSource({"subject": 1.0, "caption": 1.0}, measures=m) for m in (False, True))
+    assert plain.fingerprint() != measured.fingerprint()
+    for i in range(20):
+        record, same = measured.record(i), plain.record(i)
+        assert (record.instruction, record.id) == (same.instruction, same.id)
+        toys = record.extra["truth"].scene.toys
+        if not record.references:
+            assert record.caption == same.caption
+            continue
+        for placed in toys:
+            marks = " ".join(f"{name} {mark}" for name, mark in placed.toy.measures().items())
+            assert f"{placed.toy.words()} {marks}" in record.caption
