@@ -2,10 +2,10 @@
 
     python benchmarks/claims/evaluation.py [--runs DIR] [--seeds 1 2 3] [--steps 270] [--count 96] [--jobs 2]
 
-Trains ``experiments/instruct.yaml`` three times a seed: on subjects shown by other pictures of them (``follows``), on one reference that is
-the target itself, with no words for it (``copies``), and on references of other records (``ignores``). Each draws the same held-out
-instructions; every score is held against what the oracle reads, picture by picture, and the probes against what each model was trained to
-do.
+Trains ``experiments/instruct.yaml`` (with ``overlays/toybox.yaml``: no captions teach) three times a seed: on subjects shown by other
+pictures of them (``follows``), on one reference that is the target itself, with no words for it (``copies``), and on references of other
+records (``ignores``). Each draws the same held-out instructions; every score is held against what the oracle reads, picture by picture,
+and the probes against what each model was trained to do.
 
 The last table says which scores mislead. A score misleads about a truth of the oracle's (*following*, *consistency*) if in most seeds it
 puts another model first than the oracle does, and is blind to it if its rank correlation, among the pictures of the model that follows, is
@@ -94,7 +94,7 @@ def in_scenes(record: Record) -> Record:
 
 def measure(job: Job) -> Scores:
     """Train, draw the held-out instructions, score."""
-    pipeline = MultimodalPipeline.of(fit(job, ["instruct.yaml"], data(job)))
+    pipeline = MultimodalPipeline.of(fit(job, ["instruct.yaml", "overlays/toybox.yaml"], data(job)))
     source = ToyboxSource({"subject": 1.0}, held_out=True)
     records = [source.record(i) for i in range(job.count)]
     drawn = sample(pipeline, records, seed=job.seed, side=64)

@@ -15,9 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning_mmgen.callbacks import EMA
+from omegaconf import OmegaConf
 from scipy import stats
 
+from lightning_mmgen import callbacks
 from lightning_mmgen.cli import main as lightning
+from lightning_mmgen.losses import LossTerm
 from lightning_mmgen.tools.generate import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -54,7 +58,7 @@ def fit(job: Job, files: list[str], more: list[str]) -> Any:
     """One training, or what it left."""
     if not job.checkpoint.is_file():
         args = [*_layers(files), f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
-        args += ["--trainer.callbacks={class_path: EMA, init_args: {decay: 0.99}}", "--trainer.enable_progress_bar=false"]
+        args += [f"--trainer.callbacks={json.dumps(_learning(files))}", "--trainer.enable_progress_bar=false"]
         run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
         args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
         lightning(["fit", *args, *more]).trainer.save_checkpoint(job.checkpoint)
@@ -70,6 +74,13 @@ def shipped(files: Sequence[str] = ("instruct.yaml",), *more: str) -> Any:
 
 def _layers(files: Sequence[str]) -> list[str]:
     return [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
+
+
+def _learning(files: Sequence[str]) -> list[Any]:
+    """The callbacks by which these experiments learn; what they evaluate and save is not asked for here."""
+    given = [OmegaConf.select(OmegaConf.load(EXPERIMENTS / f), "trainer.callbacks") for f in files]
+    last = [own for own in given if own is not None][-1]
+    return [c for c in OmegaConf.to_container(last) if issubclass(getattr(callbacks, c["class_path"]), EMA | LossTerm)]
 
 
 def _stop(*_: Any) -> None:

@@ -222,7 +222,7 @@ def fine_tune(job: Job) -> Scores:
     rows = [{"match": m, "train": "frozen"} for m in ("encoder.vision", "encoder.projector", "encoder.language", "adapter")]
     rows.append({"match": "unet", "train": "full", "lr": 3e-4})
     more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}", f"{DATA}.batch_size=8"]
-    tuned = fit(job, ["instruct.yaml"], more)
+    tuned = fit(job, ["instruct.yaml", "overlays/toybox.yaml"], more)  # no captions of flat toys teach
     module = load_module(job.other("stage 1").checkpoint)
     tuned.unet.save_pretrained(job.folder / "unet")
     if not (job.folder / "merged").exists():
