@@ -265,6 +265,7 @@ class VLMPretraining(RecordPretraining):
     Args:
         reference_sizes: sides in pixels, one drawn at random for a batch, of pictures that show one toy alone.
         noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
+        emphasis: factors of single traits' errors in that loss, by the trait's name; 1 where none is given.
         train_language: train the language model too, not the vision tower and the projector alone.
         start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
     """
@@ -282,6 +283,7 @@ class VLMPretraining(RecordPretraining):
         seed: int = 0,
         ema: float = 0.998,
         noise: float = 1.5,
+        emphasis: dict[str, float] | None = None,
         train_language: bool = True,
         start: str | None = None,
     ) -> None:
@@ -321,6 +323,8 @@ class VLMPretraining(RecordPretraining):
         self.encoder = Idefics2Encoder(out, image_tokens=(reference_sizes[0] // vision["patch_size"]) ** 2, norm=True)
         self.encoder.adopt(self.net.model, self.tokenizer)
         self.noise, self.facts = noise, torch.nn.Linear(width, sum(FACTS))
+        factors = [(emphasis or {}).get(name, 1.0) for name in TRAITS]
+        self.register_buffer("factors", torch.tensor([*factors, *[1.0] * (FACTS[-1] - len(factors))]), persistent=False)
         if not train_language:
             self.net.model.text_model.requires_grad_(False)
             self.net.lm_head.requires_grad_(False)
@@ -350,7 +354,7 @@ class VLMPretraining(RecordPretraining):
 
     def telling(self, tokens: Tensor, toys: list[Toy], styles: list[str]) -> Tensor:
         """How badly one linear layer tells a toy and its picture's style from any one of the picture's tokens [toys, patches, d], with
-        noise on it: the cross-entropy of three names and of the style, and the squared errors of the measures (:func:`measures`)."""
+        noise on it: the cross-entropy of three names and of the style, and the squared error of each measure (:func:`measures`)."""
         told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
         loss = tokens.new_zeros(())
         named = [[getattr(toy, name) for toy in toys] for name in NAMES] + [styles]
@@ -359,7 +363,8 @@ class VLMPretraining(RecordPretraining):
             loss = loss + F.cross_entropy(choices.movedim(-1, 1), right[:, None].expand(choices.shape[:2]))
         wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
         has = wanted.isfinite()
-        return loss + FACTS[-1] * F.mse_loss(told[-1][has], wanted[has])
+        errors = ((told[-1] - wanted.nan_to_num()).square() * has).sum((0, 1)) / has.sum((0, 1)).clamp(min=1)
+        return loss + (self.factors * errors).sum()
 
 
 def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy], list[str]] | None:

@@ -41,7 +41,7 @@ class Truth:
     edited: str | None = None
 
     def caption(self) -> str:
-        """The scene in words, with the measures of the toys that are shown."""
+        """All of the scene in words, with the measures of the toys that a picture shows; more than the instruction may say."""
         shown = {toy for toy, _ in self.shown}
         return self.scene.caption([p.toy.words(tuple(p.toy.measures()) if k in shown else ()) for k, p in enumerate(self.scene.toys)])
 

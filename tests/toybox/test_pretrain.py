@@ -60,14 +60,16 @@ def vlm(settings: dict[str, Any]) -> VLMPretraining:
     return VLMPretraining(**settings)
 
 
-def test_telling_is_the_plain_sum_of_its_terms(vlm: VLMPretraining) -> None:
+def test_telling_is_the_plain_sum_of_its_terms(settings: dict[str, Any]) -> None:
+    vlm = VLMPretraining(**settings | {"emphasis": {"hue": 6.0}})
     toys = [Toy("star", "red", "striped", 10.0, 1.7, 0.15, 0.0, 0.25), Toy("ring", "pink", "solid", -20.0, 2.2, 0.1, 0.11, 0.0)]
     measured = [  # five traits, then red, green and blue; a solid toy shows neither pitch nor phase
         [0.5, 0.0, 1.0, -1.0, 1.0, 0.9, -0.715 + 1.615 / 6, -0.715],
         [-1.0, None, None, 1.0, 0.0, 0.9 - 1.615 / 3, -0.715, 0.9],
     ]
     tokens, vlm.noise = torch.randn(2, 3, vlm.facts.in_features), 0.0
-    expected, squares = 0.0, []
+    expected: Any = 0.0
+    squares: list[list[Any]] = [[] for _ in range(8)]
     styles = ["pastel", "flat"]
     for toy, style, numbers, patches in zip(toys, styles, measured, tokens, strict=True):
         for told in vlm.facts(patches):
@@ -76,8 +78,10 @@ def test_telling_is_the_plain_sum_of_its_terms(vlm: VLMPretraining) -> None:
             expected -= colour.log_softmax(0)[list(COLOURS).index(toy.colour)] / 6
             expected -= texture.log_softmax(0)[TEXTURES.index(toy.texture)] / 6
             expected -= look.log_softmax(0)[STYLES.index(style)] / 6
-            squares += [(v - t) ** 2 for v, t in zip(values, numbers, strict=True) if t is not None]
-    torch.testing.assert_close(vlm.telling(tokens, toys, styles), expected + 8 * torch.stack(squares).mean())
+            for k, (value, number) in enumerate(zip(values, numbers, strict=True)):
+                squares[k] += [] if number is None else [(value - number) ** 2]
+    means = [torch.stack(square).mean() for square in squares]
+    torch.testing.assert_close(vlm.telling(tokens, toys, styles), expected + 6 * means[0] + sum(means[1:]))
     vlm.noise = 1.0
     assert vlm.telling(tokens, toys, styles) != vlm.telling(tokens, toys, styles)
 
