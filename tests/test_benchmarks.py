@@ -25,3 +25,11 @@ def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("sys.argv", [str(script), "--pairs", "2"])
     runpy.run_path(str(script), run_name="__main__")
     assert "2 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("files", "learning"), [(["instruct.yaml"], ["EMA", "CaptionTeacher"]), (["instruct.yaml", "overlays/toybox.yaml"], ["EMA"])]
+)
+def test_claims_keep_what_a_recipe_learns_by_and_leave_out_the_rest(files: list[str], learning: list[str]) -> None:
+    jobs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/claims/jobs.py"))
+    assert [c["class_path"] for c in jobs["_learning"](files)] == learning

@@ -80,7 +80,7 @@ def _learning(files: Sequence[str]) -> list[Any]:
     """The callbacks by which these experiments learn; what they evaluate and save is not asked for here."""
     given = [OmegaConf.select(OmegaConf.load(EXPERIMENTS / f), "trainer.callbacks") for f in files]
     last = [own for own in given if own is not None][-1]
-    return [c for c in OmegaConf.to_container(last) if issubclass(getattr(callbacks, c["class_path"]), EMA | LossTerm)]
+    return [c for c in OmegaConf.to_container(last) if issubclass(getattr(callbacks, c["class_path"], object), EMA | LossTerm)]
 
 
 def _stop(*_: Any) -> None:
