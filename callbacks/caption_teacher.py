@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_mmgen.batch import Batch
 from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, relative_error, squared_error
 from lightning_mmgen.models.attention import layers_of
-from lightning_mmgen.shards import part, part_of, piece
 
+from .ema import copies, pieces
 from .teacher import taught
 
 if TYPE_CHECKING:
@@ -53,14 +53,13 @@ class CaptionTeacher(LossTerm):
         self.module = cast("MultimodalDiffusion", pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = self.module.trainable()
-        found = {n: part_of(p, self.first[n]) if n in self.first else part(p) for n, p in weights.items()}
-        self.first = {n: value.to(part(weights[n]).device, copy=True) for n, value in found.items()}
+        self.first = copies(pl_module, self.first)
 
     @contextmanager
     def watching(self, module: LightningModule) -> Iterator[None]:
-        """Keep the outputs of the cross-attention layers; of several passes, the last."""
-        self.seen, kept = {}, [layer.register_forward_hook(self._see) for layer in layers_of(self.module.unet).values()]
+        """Keep the outputs of the cross-attention layers, where they are asked for; of several passes, the last."""
+        layers = layers_of(self.module.unet).values() if self.shares["taught_features"] else ()
+        self.seen, kept = {}, [layer.register_forward_hook(self._see) for layer in layers]
         try:
             yield
         finally:
@@ -71,9 +70,10 @@ class CaptionTeacher(LossTerm):
         self.seen[layer] = output
 
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
+        own, self.seen = self.seen, {}
         if not self.first or not self.module.training:
             return {}
-        batch, own = step.batch, self.seen
+        batch = step.batch
         with self.watching(self.module):
             prediction = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
         told, self.seen = self.seen, {}
@@ -85,7 +85,7 @@ class CaptionTeacher(LossTerm):
         return {name: share * counted_mean(terms[name](), counts) for name, share in self.shares.items() if share}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": {n: piece(self.module.get_parameter(n), value) for n, value in self.first.items()}}
+        return {"first": pieces(self.module, self.first)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.first = state_dict["first"]
@@ -94,5 +94,4 @@ class CaptionTeacher(LossTerm):
 def in_words(batch: Batch) -> Batch:
     """The batch with each target's caption in the place of its instruction; nothing in the place of nothing."""
     texts = [c if text else "" for c, text in zip(batch.captions, batch.instructions, strict=True)]
-    none: Sequence[Any] = [[] for _ in texts]
-    return batch._replace(instructions=texts, markers=list(none), references=[], phrases=None)
+    return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None)

@@ -32,9 +32,7 @@ class EMA(Callback):
         self.module: LightningModule | None = None  # whose weights the average follows
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        weights = pl_module.trainable()  # type: ignore[operator]
-        means = {n: part_of(p, self.mean[n]) if n in self.mean else part(p) for n, p in weights.items()}
-        self.mean, self.module = {n: m.to(part(weights[n]).device, torch.float32, copy=True) for n, m in means.items()}, pl_module
+        self.mean, self.module = copies(pl_module, self.mean, torch.float32), pl_module
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -52,10 +50,22 @@ class EMA(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self.module is None:
             return {"updates": self.updates, "mean": self.mean}
-        return {"updates": self.updates, "mean": {n: piece(self.module.get_parameter(n), m) for n, m in self.mean.items()}}
+        return {"updates": self.updates, "mean": pieces(self.module, self.mean)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.updates, self.mean, self.module = state_dict["updates"], state_dict["mean"], None
+
+
+def copies(pl_module: LightningModule, saved: Mapping[str, Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """This process's copies of what is trained: of the ``saved`` values, and of the weights where there is none."""
+    weights = pl_module.trainable()  # type: ignore[operator]
+    found = {n: part_of(p, saved[n]) if n in saved else part(p) for n, p in weights.items()}
+    return {n: value.to(part(weights[n]).device, dtype, copy=True) for n, value in found.items()}
+
+
+def pieces(pl_module: LightningModule, held: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Such copies as a checkpoint takes them."""
+    return {n: piece(pl_module.get_parameter(n), value) for n, value in held.items()}
 
 
 @contextmanager

@@ -207,3 +207,12 @@ trainer:
     - {{class_path: ModelCheckpoint, init_args: {{every_n_train_steps: 1, save_last: true, enable_version_counter: false}}}}
 """)
     return path
+
+
+def logged(out: Path) -> dict[str, list[float]]:
+    """The losses of the first run in a folder, step by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tiny" / "version_0"))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("loss")}

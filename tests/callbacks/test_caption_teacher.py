@@ -8,15 +8,16 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning_mmgen.callbacks import CaptionTeacher
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from lightning_mmgen.callbacks.caption_teacher import in_words
 from torch import Tensor
 
 from lightning_mmgen.cli import main
+from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.diffusion import ConditionDropout
 from lightning_mmgen.losses import DenoisingStep
 from lightning_mmgen.models.attention import layers_of
 
-from ..conftest import DROPOUT_ROWS
+from ..conftest import DROPOUT_ROWS, logged
 
 SOURCE = {"class_path": "ToyboxSource", "init_args": {"tasks": {"subject": 1.0}, "length": 12, "measures": True}}
 
@@ -28,13 +29,6 @@ def fit(experiment: Path, out: Path, *more: str, **settings: float) -> Lightning
     model = (f"--model.init_args.parameters={json.dumps(DROPOUT_ROWS)}", "--model.init_args.condition_dropout.both=0.3")
     where = (f"--trainer.logger.init_args.save_dir={out}", f"--trainer.callbacks+={json.dumps(teacher)}")
     return main(["fit", "-c", str(experiment), *data, *model, *where, *(more or ["--trainer.max_steps=3"])])
-
-
-def logged(out: Path, version: int = 0) -> dict[str, list[float]]:
-    """The losses of a run, step by step."""
-    events = EventAccumulator(str(out / "tiny" / f"version_{version}"))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("loss")}
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +129,6 @@ def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -
 
 
 def test_a_dropped_prompt_is_taught_by_an_empty_one(run: tuple[LightningCLI, Path]) -> None:
-    from lightning_mmgen.callbacks.caption_teacher import in_words
-
     batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", ""], captions=["a", "b", "", ""])
     assert in_words(batch).instructions == ["", "b", "", ""]
 
@@ -159,15 +151,13 @@ def test_a_share_of_zero_is_absent(experiment: Path, tmp_path: Path) -> None:
 
 
 def test_captions_that_measure_name_what_references_show() -> None:
-    from lightning_mmgen.data.sources import ToyboxSource
-
     plain, measured = (ToyboxSource({"subject": 1.0, "caption": 1.0}, measures=m) for m in (False, True))
     assert plain.fingerprint() != measured.fingerprint()
     for i in range(20):
         record, same = measured.record(i), plain.record(i)
         assert (record.instruction, record.id) == (same.instruction, same.id)
         if not record.references:
-            assert measured.record(i).caption == same.caption
+            assert record.caption == same.caption
             continue
         for placed in record.extra["truth"].scene.toys:
             marks = " ".join(f"{name} {mark}" for name, mark in placed.toy.measures().items())

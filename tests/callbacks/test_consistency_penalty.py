@@ -11,7 +11,6 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
 from lightning_mmgen.callbacks import EMA, ConsistencyPenalty
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model
 
@@ -21,7 +20,7 @@ from lightning_mmgen.diffusion import ConditionDropout
 from lightning_mmgen.losses import DenoisingStep, LinearSchedule, earlier, latent_mask, spatial, turns
 from lightning_mmgen.models.dino import Dino
 
-from ..conftest import DROPOUT_ROWS
+from ..conftest import DROPOUT_ROWS, logged
 
 TERMS = ("spatial", "temporal", "turns", "identity")
 ON = {"spatial": {"start": 0.0, "end": 0.5, "steps": 2}, "temporal": 0.5, "turns": 0.5, "identity": 0.5}
@@ -47,13 +46,6 @@ def fit(experiment: Path, out: Path, penalty: dict[str, Any] | None) -> Lightnin
     model = (f"--model.init_args.parameters={json.dumps(DROPOUT_ROWS)}", "--trainer.max_steps=3")
     added = (f"--trainer.callbacks+={json.dumps(c)}" for c in callbacks)
     return main(["fit", "-c", str(experiment), *data, *model, f"--trainer.logger.init_args.save_dir={out}", *added])
-
-
-def logged(out: Path) -> dict[str, list[float]]:
-    """The losses of a run, step by step."""
-    events = EventAccumulator(str(out / "tiny" / "version_0"))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("loss")}
 
 
 def weights(cli: LightningCLI) -> dict[str, Tensor]:
