@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mmgen.batch import Batch
 from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, relative_error, squared_error
@@ -47,6 +47,7 @@ class CaptionTeacher(LossTerm):
             raise ValueError(f"CaptionTeacher: prediction and features must be 0 or more, and not both 0, not {prediction} and {features}")
         self.shares = {"taught": prediction, "taught_features": features}
         self.first: dict[str, Tensor] = {}
+        self.layers: list[nn.Module] = []  # of the UNet's cross-attention, where their outputs are asked for
         self.seen: dict[Any, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -54,12 +55,12 @@ class CaptionTeacher(LossTerm):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.first = copies(pl_module, self.first)
+        self.layers = list(layers_of(self.module.unet).values()) if self.shares["taught_features"] else []
 
     @contextmanager
     def watching(self, module: LightningModule) -> Iterator[None]:
-        """Keep the outputs of the cross-attention layers, where they are asked for; of several passes, the last."""
-        layers = layers_of(self.module.unet).values() if self.shares["taught_features"] else ()
-        self.seen, kept = {}, [layer.register_forward_hook(self._see) for layer in layers]
+        """Keep the outputs of the cross-attention layers; of several passes, the last."""
+        self.seen, kept = {}, [layer.register_forward_hook(self._see) for layer in self.layers]
         try:
             yield
         finally:

@@ -90,13 +90,14 @@ def averaged(trainer: Trainer) -> EMA | None:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode within this block; each part's own mode after it."""
-    training = {m: m.training for m in module.modules()}
-    module.eval()
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
     try:
         yield
     finally:
-        for part, mode in training.items():
-            part.training = mode
+        for m in training:
+            m.training = True
 
 
 @contextmanager

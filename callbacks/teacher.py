@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from lightning_mmgen.batch import Batch
 from lightning_mmgen.shards import is_sharded
@@ -26,26 +25,32 @@ def taught(
     """A prediction [b, c, h, w] from the prompt on, without dropout or gradients; nothing of the module changes.
 
     Args:
-        weights: of what is trained, by name, as this process holds them; what is not there stays as it is.
+        weights: of what is trained, by name, as this process holds them; the module's own where there are none.
         batch: whose prompts are read.
         z_t: [b, c, h, w].
         timesteps: [b].
         source: latents beside z_t, for a UNet that takes them.
     """
-    shared = any(map(is_sharded, module.trainable().values()))
-    own = {} if shared else {f"module.{n}": w.to(module.get_parameter(n).dtype) for n, w in weights.items()}
-    with evaluation_mode(module), holding(module, weights) if shared and weights else nullcontext():
-        return functional_call(_Pass(module), own, (batch, z_t, timesteps, source))  # type: ignore[no-any-return]
+    height, width = batch.target.shape[-2:]
+    with evaluation_mode(module), lent(module, weights):
+        condition = module.condition(batch)._replace(source=source)
+        return module(z_t, timesteps, condition, (height, width))  # type: ignore[no-any-return]
 
 
-class _Pass(nn.Module):
-    """From prompts to a prediction in one forward, for ``functional_call``."""
-
-    def __init__(self, module: MultimodalDiffusion) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Batch, z_t: Tensor, timesteps: Tensor, source: Tensor | None) -> Tensor:
-        height, width = batch.target.shape[-2:]
-        condition = self.module.condition(batch)._replace(source=source)
-        return self.module(z_t, timesteps, condition, (height, width))
+@contextmanager
+def lent(module: MultimodalDiffusion, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module has these values of what is trained within this block, in the memory that they are in where it holds its parameters
+    whole: nothing is written, so that a graph recorded before stays whole."""
+    own = module.trainable() if weights else {}
+    if any(map(is_sharded, own.values())):
+        with holding(module, weights):
+            yield
+        return
+    kept = {name: parameter.data for name, parameter in own.items()}
+    for name, parameter in own.items():
+        parameter.data = weights[name].to(parameter.dtype)
+    try:
+        yield
+    finally:
+        for name, parameter in own.items():
+            parameter.data = kept[name]

@@ -267,6 +267,7 @@ class VLMPretraining(RecordPretraining):
         noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
         emphasis: factors of single traits' errors in that loss, by the trait's name; 1 where none is given.
         train_language: train the language model too, not the vision tower and the projector alone.
+        language_every: steps from one with the language loss to the next; those between see nothing but toys alone, at a third of the time.
         start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
     """
 
@@ -285,12 +286,15 @@ class VLMPretraining(RecordPretraining):
         noise: float = 1.5,
         emphasis: dict[str, float] | None = None,
         train_language: bool = True,
+        language_every: int = 1,
         start: str | None = None,
     ) -> None:
         super().__init__(out, lr, batch_size, warmup, seed, ema)
         from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-        self.tasks, self.reference_sizes = tasks, reference_sizes
+        if language_every > 1 and not (noise and set(tasks) & set(PORTRAITS)):
+            raise ValueError("VLMPretraining: between steps with the language loss there is nothing to learn without noise and toys alone")
+        self.tasks, self.reference_sizes, self.language_every = tasks, reference_sizes, language_every
         special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(start)) if start else build_tokenizer(text["vocab_size"], special)
         width = text["hidden_size"]
@@ -329,28 +333,37 @@ class VLMPretraining(RecordPretraining):
             self.net.model.text_model.requires_grad_(False)
             self.net.lm_head.requires_grad_(False)
 
-    def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
-        texts = [r.prompt().instruction for r in records]
-        full = [t + (f" {r.answer}</s>" if r.answer else "</s>") for t, r in zip(texts, records, strict=True)]
+    def training_step(self, records: list[Record], batch_idx: int) -> Tensor | None:
+        speaks = batch_idx % self.language_every == 0
+        records = records if speaks else [r for r in records if r.task in PORTRAITS]
+        if not records:
+            return None
+        texts, answers = [r.prompt().instruction for r in records], [r.answer for r in records]
+        full = [t + (f" {answer}</s>" if answer else "</s>") for t, answer in zip(texts, answers, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
         side = self.reference_sizes[int(torch.randint(len(self.reference_sizes), ()))]
         references = pack([[pixels(ref.image, side if r.task in PORTRAITS else None) for ref in r.references] for r in records])
         prompts = self.encoder.embed(full, markers, references)
-        hidden = self.encoder.read(prompts)
-        begun = [text if r.answer else "" for text, r in zip(texts, records, strict=True)]
-        told = following(self.encoder, prompts, begun, markers, references)
-        logits = self.net.lm_head(hidden)
-        loss = language_loss(logits, prompts.tokens, told)
-        right, told = logits[:, :-1].argmax(-1) == prompts.tokens[:, 1:], told[:, 1:]
-        asked = torch.tensor([r.answer is not None for r in records])
-        if asked.any():
-            self.log("accuracy/answers", right[asked][told[asked]].float().mean())
-        self.log_dict({"loss/language": loss, "accuracy/tokens": right[told].float().mean()}, prog_bar=True)
+        losses = {}
+        if speaks:
+            begun = [text if answer else "" for text, answer in zip(texts, answers, strict=True)]
+            asked = torch.tensor([answer is not None for answer in answers])
+            losses["loss/language"] = self.language(prompts, following(self.encoder, prompts, begun, markers, references), asked)
         if self.noise and (shown := toys_shown(records, prompts)):
-            telling = self.telling(*shown)
-            self.log("loss/telling", telling, prog_bar=True)
-            loss = loss + telling
-        return loss
+            losses["loss/telling"] = self.telling(*shown)
+        self.log_dict(losses, prog_bar=True)
+        return torch.stack(list(losses.values())).sum()
+
+    def language(self, prompts: Prompts, told: Tensor, asked: Tensor) -> Tensor:
+        """The language loss over the tokens that are ``told`` [b, n]; logs how many are right, of the answers to those who ``asked`` [b]
+        too."""
+        logits = self.net.lm_head(self.encoder.read(prompts))
+        right = logits[:, :-1].argmax(-1) == prompts.tokens[:, 1:]
+        counted = told[:, 1:]
+        if asked.any():
+            self.log("accuracy/answers", right[asked][counted[asked]].float().mean())
+        self.log("accuracy/tokens", right[counted].float().mean(), prog_bar=True)
+        return language_loss(logits, prompts.tokens, told)
 
     def telling(self, tokens: Tensor, toys: list[Toy], styles: list[str]) -> Tensor:
         """How badly one linear layer tells a toy and its picture's style from any one of the picture's tokens [toys, patches, d], with

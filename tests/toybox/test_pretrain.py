@@ -106,3 +106,23 @@ def test_the_language_model_stays_where_only_the_eyes_are_trained(settings: dict
     eyes = VLMPretraining(**settings | {"train_language": False})
     trained = {n.split(".")[1] for n, p in eyes.net.named_parameters() if p.requires_grad}
     assert trained == {"vision_model", "connector"}
+
+
+def test_steps_between_those_with_the_language_loss_see_toys_alone(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = VLMPretraining(**settings | {"language_every": 2, "noise": 1e-6, "reference_sizes": [40]})
+    logged: dict[str, Any] = {}
+    monkeypatch.setattr(vlm, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(vlm, "log", lambda *_, **__: None)
+    rng = np.random.default_rng(0)
+    records = [TASKS[task](rng, False) for task in ("caption", "naming", "question", "measuring")]
+    between = vlm.training_step(records, 1)
+    assert between is not None and set(logged) == {"loss/telling"}
+    torch.testing.assert_close(between, vlm.training_step([records[1], records[3]], 3), rtol=1e-4, atol=1e-4)
+    between.backward()
+    assert all(p.grad is None for p in vlm.net.lm_head.parameters()) and vlm.facts.weight.grad is not None
+    assert vlm.training_step(records[:1], 1) is None  # no toy alone
+    spoken = vlm.training_step(records, 2)
+    assert spoken is not None and set(logged) == {"loss/telling", "loss/language"}
+    torch.testing.assert_close(spoken, between + logged["loss/language"], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="nothing to learn without noise and toys alone"):
+        VLMPretraining(**settings | {"language_every": 2, "noise": 0.0})
