@@ -22,14 +22,15 @@ if TYPE_CHECKING:
 
 
 class CaptionTeacher(LossTerm):
-    """Asks of a prompt with pictures what the model, as the fit found it, predicts when it reads the target's caption in their place.
+    """Asks of a prompt with pictures what the model, as the fit found it, predicts when it reads the target's description in their place
+    (``Record.description``; its caption where there is none).
 
     The teacher has the weights that the fit began with, and reads the same z_t. Its prediction e_T is a function of words alone, where the
     target holds all that no prompt tells (score distillation of Kosmos-G, Pan et al. 2024, section 2.3); the outputs f_l of the UNet's
     cross-attention layers say at each layer what is to be read (feature distillation of BK-SDM, Kim et al. 2024, equation 3, here
     relative to the teacher's): L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l || f_l - f_l,T ||^2 / || f_l,T ||^2).
 
-    What the captions leave out is learned from the targets, by L_0. Samples without a caption add nothing; of one whose prompt was
+    What the descriptions leave out is learned from the targets, by L_0. Samples without one add nothing; of one whose prompt was
     dropped the teacher reads no more either. A step costs one more forward pass without gradients. The teacher's weights are part of the
     checkpoint.
 
@@ -78,7 +79,7 @@ class CaptionTeacher(LossTerm):
         with self.watching(self.module):
             prediction = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
         told, self.seen = self.seen, {}
-        counts = torch.tensor([bool(caption) for caption in batch.captions], device=prediction.device)
+        counts = torch.tensor([bool(text) for text in descriptions(batch)], device=prediction.device)
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction),
             "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
@@ -93,6 +94,11 @@ class CaptionTeacher(LossTerm):
 
 
 def in_words(batch: Batch) -> Batch:
-    """The batch with each target's caption in the place of its instruction; nothing in the place of nothing."""
-    texts = [c if text else "" for c, text in zip(batch.captions, batch.instructions, strict=True)]
+    """The batch with each target's description in the place of its instruction; nothing in the place of nothing."""
+    texts = [said if text else "" for said, text in zip(descriptions(batch), batch.instructions, strict=True)]
     return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None)
+
+
+def descriptions(batch: Batch) -> list[str]:
+    """What is known of each target in words."""
+    return batch.captions if batch.descriptions is None else batch.descriptions

@@ -80,6 +80,7 @@ class Batch(NamedTuple):
         moments: what the VAE makes of targets and sources, where it is known beforehand.
         sizes: [b, 6], SDXL's original size, top left corner of the crop and size of the target, each height first; by default the
             target's size, and no crop.
+        descriptions: b texts that say all that is known of the target ("" where nothing); by default the captions.
     """
 
     instructions: list[str]
@@ -95,6 +96,7 @@ class Batch(NamedTuple):
     regions: list[dict[str, Tensor]] | None = None
     moments: Moments | None = None
     sizes: Tensor | None = None
+    descriptions: list[str] | None = None
 
     @property
     def size(self) -> int:

@@ -132,6 +132,8 @@ class Record:
         target: the picture to generate; absent for questions.
         caption: the target in plain words, for CLIP scores.
         source_caption: the source picture in plain words, for directional similarity.
+        description: all that is known of the target in words, what references show included, for a teacher that reads words
+            (:class:`~lightning_mmgen.callbacks.CaptionTeacher`); the caption stands in for it.
         task: name of the task, for mixing and for tables.
         mask: edit mask of the target, white where it may change.
         boxes: where phrases of the caption (or else of the instruction) lie in the target.
@@ -146,6 +148,7 @@ class Record:
     target: Picture | None = None
     caption: str | None = None
     source_caption: str | None = None
+    description: str | None = None
     task: str = "instruct"
     mask: Picture | None = None
     boxes: tuple[Box, ...] = ()

@@ -110,6 +110,7 @@ def collate(samples: list[Sample | BadRow], caches: Caches = Caches()) -> tuple[
         _edits(good),
         regions=[s.regions or {} for s in good] if any(s.regions is not None for s in good) else None,
         sizes=None if good[0].sizes is None else torch.tensor([s.sizes for s in good]),
+        descriptions=[s.record.description or s.record.caption or "" for s in good],
     )
     return batch._replace(moments=_moments(batch, caches)), bad
 

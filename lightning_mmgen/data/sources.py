@@ -208,7 +208,6 @@ class ToyboxSource(Source):
         swap_references: show other toys than the target holds; the control that must learn nothing from references.
         controls: give every record its edge, depth and sketch pictures.
         told: captions say what the instruction says in words, not what its references show.
-        measures: captions name the measures of toys that a reference shows (for :class:`~lightning_mmgen.callbacks.CaptionTeacher`).
     """
 
     def __init__(
@@ -220,7 +219,6 @@ class ToyboxSource(Source):
         swap_references: bool = False,
         controls: bool = False,
         told: bool = False,
-        measures: bool = False,
     ) -> None:
         from ..toybox.tasks import ALL_TASKS
 
@@ -230,7 +228,7 @@ class ToyboxSource(Source):
             raise ValueError(f"toybox tasks need weights of 0 or more, not all 0: {tasks}")
         self.tasks, self.length, self.seed = tasks, length, seed
         self.held_out, self.swap_references, self.controls = held_out, swap_references, controls
-        self.told, self.measures = told, measures
+        self.told = told
 
     def __len__(self) -> int:
         return self.length
@@ -248,15 +246,13 @@ class ToyboxSource(Source):
             record = replace(record, controls=ControlImages(record.extra["truth"].scene))
         if self.told:
             record = replace(record, caption=record.extra.get("told", record.caption))
-        if self.measures:
-            record = replace(record, caption=record.extra["truth"].caption())
         return replace(record, id=f"{task}-{index:05d}")
 
     def with_people(self) -> list[int]:
         return []  # there are none in this world
 
     def fingerprint(self) -> str:
-        switches = (self.held_out, self.swap_references, self.controls, *(name for name in ("told", "measures") if getattr(self, name)))
+        switches = (self.held_out, self.swap_references, self.controls, *(("told",) if self.told else ()))
         settings = (sorted(self.tasks.items()), self.length, self.seed, *switches)
         return hashlib.sha256(repr(settings).encode()).hexdigest()
 

@@ -40,7 +40,7 @@ class Truth:
     place: bool = True
     edited: str | None = None
 
-    def caption(self) -> str:
+    def description(self) -> str:
         """All of the scene in words, with the measures of the toys that a picture shows; more than the instruction may say."""
         shown = {toy for toy, _ in self.shown}
         return self.scene.caption([p.toy.words(tuple(p.toy.measures()) if k in shown else ()) for k, p in enumerate(self.scene.toys)])
@@ -86,7 +86,8 @@ def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Tr
     """``told``: what the instruction says of the scene in words, if that is not all."""
     pixels, masks = draw(scene)
     target, where, words = PILImage.fromarray(pixels), boxes(scene, masks), scene.caption()
-    return Record(text, tuple(refs), target, words, task=task, boxes=where, extra={"truth": truth, "told": told or words}, **more)
+    more |= {"description": truth.description(), "boxes": where, "extra": {"truth": truth, "told": told or words}}
+    return Record(text, tuple(refs), target, words, task=task, **more)
 
 
 def caption(rng: np.random.Generator, held: bool) -> Record:

@@ -19,7 +19,7 @@ from lightning_mmgen.models.attention import layers_of
 
 from ..conftest import DROPOUT_ROWS, logged
 
-SOURCE = {"class_path": "ToyboxSource", "init_args": {"tasks": {"subject": 1.0}, "length": 12, "measures": True}}
+SOURCE = {"class_path": "ToyboxSource", "init_args": {"tasks": {"subject": 1.0}, "length": 12}}
 
 
 def fit(experiment: Path, out: Path, *more: str, **settings: float) -> LightningCLI:
@@ -48,11 +48,11 @@ def a_step(cli: LightningCLI, empty: int = 0) -> DenoisingStep:
     cli.model.condition_dropout = ConditionDropout(0.0)
     cli.model.train()
     with teacher_of(cli).watching(cli.model):
-        return cli.model.denoising_step(batch._replace(captions=[*[""] * empty, *batch.captions[empty:]]))  # type: ignore[no-any-return]
+        return cli.model.denoising_step(batch._replace(descriptions=[*[""] * empty, *batch.descriptions[empty:]]))  # type: ignore[no-any-return]
 
 
 def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor]]:
-    """The first weights' prediction from the captions, and the outputs of the UNet's cross-attention."""
+    """The first weights' prediction from the descriptions, and the outputs of the UNet's cross-attention."""
     module, outputs = cli.model, []
     kept = {n: p.detach().clone() for n, p in module.trainable().items()}
     layers = [m for n, m in module.unet.named_modules() if n.endswith("attn2")]
@@ -62,7 +62,7 @@ def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor
     with torch.no_grad():
         for n, p in module.trainable().items():
             p.copy_(teacher_of(cli).first[n])
-        condition = module.adapter(module.encoder(step.batch.captions, [[]] * 4, []))
+        condition = module.adapter(module.encoder(step.batch.descriptions, [[]] * 4, []))
         prediction = module(step.z_t, step.timesteps, condition, tuple(step.batch.target.shape[-2:]))
         for n, p in module.trainable().items():
             p.copy_(kept[n])
@@ -108,7 +108,7 @@ def test_a_caption_read_in_place_of_itself_teaches_nothing(experiment: Path, tmp
     step = a_step(cli)
     cli.model.eval()
     with torch.no_grad(), teacher_of(cli).watching(cli.model):
-        batch = step.batch._replace(instructions=step.batch.captions, markers=[[]] * 4, references=[])
+        batch = step.batch._replace(instructions=step.batch.descriptions, markers=[[]] * 4, references=[])
         height, width = batch.target.shape[-2:]
         prediction = cli.model(step.z_t, step.timesteps, cli.model.condition(batch), (height, width))
         same = step._replace(batch=batch, prediction=prediction)
@@ -129,7 +129,7 @@ def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -
 
 
 def test_a_dropped_prompt_is_taught_by_an_empty_one(run: tuple[LightningCLI, Path]) -> None:
-    batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", ""], captions=["a", "b", "", ""])
+    batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", ""], descriptions=["a", "b", "", ""])
     assert in_words(batch).instructions == ["", "b", "", ""]
 
 
@@ -150,15 +150,14 @@ def test_a_share_of_zero_is_absent(experiment: Path, tmp_path: Path) -> None:
     assert set(logged(tmp_path)) == {"loss", "loss/diffusion", "loss/taught"}
 
 
-def test_captions_that_measure_name_what_references_show() -> None:
-    plain, measured = (ToyboxSource({"subject": 1.0, "caption": 1.0}, measures=m) for m in (False, True))
-    assert plain.fingerprint() != measured.fingerprint()
-    for i in range(20):
-        record, same = measured.record(i), plain.record(i)
-        assert (record.instruction, record.id) == (same.instruction, same.id)
-        if not record.references:
-            assert record.caption == same.caption
+def test_descriptions_tell_what_references_show() -> None:
+    source = ToyboxSource({"subject": 1.0, "caption": 1.0, "style": 1.0})
+    for record in map(source.record, range(30)):
+        scene = record.extra["truth"].scene
+        assert record.description is not None and f", {scene.style} style" in record.description
+        if record.task != "subject":
+            assert record.description == record.caption
             continue
-        for placed in record.extra["truth"].scene.toys:
+        for placed in scene.toys:
             marks = " ".join(f"{name} {mark}" for name, mark in placed.toy.measures().items())
-            assert f"{placed.size} {placed.toy.words()} {marks}" in record.caption
+            assert f"{placed.size} {placed.toy.words()} {marks}" in record.description
