@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_mmgen.batch import Batch
 from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, relative_error, squared_error
 from lightning_mmgen.models.attention import layers_of
+from lightning_mmgen.models.unet import pooled_features
 
 from .ema import copies, pieces
 from .teacher import taught
@@ -28,25 +29,26 @@ class CaptionTeacher(LossTerm):
     The teacher has the weights that the fit began with, and reads the same z_t. Its prediction e_T is a function of words alone, where the
     target holds all that no prompt tells (score distillation of Kosmos-G, Pan et al. 2024, section 2.3); the outputs f_l of the UNet's
     cross-attention layers say at each layer what is to be read (feature distillation of BK-SDM, Kim et al. 2024, equation 3, here
-    relative to the teacher's): L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l || f_l - f_l,T ||^2 / || f_l,T ||^2).
+    relative to the teacher's: d(f, g) = || f - g ||^2 / || g ||^2), and SDXL's pooled vector p says it at once:
+    L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l d(f_l, f_l,T) + pooled d(p, p_T)).
 
     What the descriptions leave out is learned from the targets, by L_0. Samples without one add nothing; of one whose prompt was
     dropped the teacher reads no more either. A step costs one more forward pass without gradients. The teacher's weights are part of the
     checkpoint.
 
     Args:
-        weight: factor of both terms.
-        prediction, features: their shares; one of 0 is neither computed nor logged.
+        weight: factor of all terms.
+        prediction, features, pooled: their shares; one of 0 is neither computed nor logged.
 
     Raises:
-        ValueError: a share below 0, or both 0.
+        ValueError: a share below 0, or all of them 0; a share of the pooled vector where the UNet takes none.
     """
 
-    def __init__(self, weight: float = 1.0, prediction: float = 1.0, features: float = 1.0) -> None:
+    def __init__(self, weight: float = 1.0, prediction: float = 1.0, features: float = 1.0, pooled: float = 0.0) -> None:
         super().__init__(weight)
-        if min(prediction, features) < 0 or not prediction + features:
-            raise ValueError(f"CaptionTeacher: prediction and features must be 0 or more, and not both 0, not {prediction} and {features}")
-        self.shares = {"taught": prediction, "taught_features": features}
+        self.shares = {"taught": prediction, "taught_features": features, "taught_pooled": pooled}
+        if min(self.shares.values()) < 0 or not any(self.shares.values()):
+            raise ValueError(f"CaptionTeacher: the shares must be 0 or more, and not all 0, not {prediction}, {features} and {pooled}")
         self.first: dict[str, Tensor] = {}
         self.layers: list[nn.Module] = []  # of the UNet's cross-attention, where their outputs are asked for
         self.seen: dict[Any, Tensor] = {}
@@ -57,6 +59,8 @@ class CaptionTeacher(LossTerm):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.first = copies(pl_module, self.first)
         self.layers = list(layers_of(self.module.unet).values()) if self.shares["taught_features"] else []
+        if self.shares["taught_pooled"] and not pooled_features(self.module.unet):
+            raise ValueError("CaptionTeacher: pooled must be 0, as this UNet takes no pooled vector")
 
     @contextmanager
     def watching(self, module: LightningModule) -> Iterator[None]:
@@ -77,12 +81,13 @@ class CaptionTeacher(LossTerm):
             return {}
         batch = step.batch
         with self.watching(self.module):
-            prediction = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
+            prediction, condition = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
         told, self.seen = self.seen, {}
         counts = torch.tensor([bool(text) for text in descriptions(batch)], device=prediction.device)
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction),
             "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
+            "taught_pooled": lambda: relative_error(step.condition.pooled, condition.pooled),
         }
         return {name: share * counted_mean(terms[name](), counts) for name, share in self.shares.items() if share}
 

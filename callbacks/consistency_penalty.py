@@ -119,8 +119,8 @@ class ConsistencyPenalty(LossTerm):
         diffusion, ema = self.module.diffusion, averaged(self.trainer)
         timesteps = earlier(step.batch.seed, step.timesteps)
         z_t = diffusion.add_noise(step.z0, step.noise, timesteps)
-        prediction = taught(self.module, ema.mean if ema else {}, step.batch, z_t, timesteps, step.condition.source)
-        return diffusion.estimate_z0(prediction, z_t, timesteps)
+        told = taught(self.module, ema.mean if ema else {}, step.batch, z_t, timesteps, step.condition.source)
+        return diffusion.estimate_z0(told.prediction, z_t, timesteps)
 
     def likeness(self, z0_hat: Tensor, edit: Edit, weight: Tensor) -> Tensor:
         """The identity term; what it does not ask about is not decoded."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_mmgen.batch import Batch
+from lightning_mmgen.batch import Batch, Condition
 from lightning_mmgen.shards import is_sharded
 
 from .ema import evaluation_mode, holding
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     from lightning_mmgen.module import MultimodalDiffusion
 
 
+class Taught(NamedTuple):
+    """A prediction [b, c, h, w], and what the UNet attended to."""
+
+    prediction: Tensor
+    condition: Condition
+
+
 @torch.no_grad()
 def taught(
     module: MultimodalDiffusion, weights: Mapping[str, Tensor], batch: Batch, z_t: Tensor, timesteps: Tensor, source: Tensor | None
-) -> Tensor:
-    """A prediction [b, c, h, w] from the prompt on, without dropout or gradients; nothing of the module changes.
+) -> Taught:
+    """A prediction from the prompt on, without dropout or gradients; nothing of the module changes.
 
     Args:
         weights: of what is trained, by name, as this process holds them; the module's own where there are none.
@@ -34,7 +41,7 @@ def taught(
     height, width = batch.target.shape[-2:]
     with evaluation_mode(module), lent(module, weights):
         condition = module.condition(batch)._replace(source=source)
-        return module(z_t, timesteps, condition, (height, width))  # type: ignore[no-any-return]
+        return Taught(module(z_t, timesteps, condition, (height, width)), condition)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LightningCLI
 from lightning_mmgen.callbacks import CaptionTeacher
 from lightning_mmgen.callbacks.caption_teacher import in_words
@@ -33,9 +34,9 @@ def fit(experiment: Path, out: Path, *more: str, **settings: float) -> Lightning
 
 @pytest.fixture(scope="module")
 def run(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LightningCLI, Path]:
-    """A fit with both terms, and where it lies."""
+    """A fit with all terms, and where it lies."""
     out = tmp_path_factory.mktemp("run")
-    return fit(experiment, out, weight=0.5, features=2.0), out
+    return fit(experiment, out, weight=0.5, features=2.0, pooled=3.0), out
 
 
 def teacher_of(cli: LightningCLI) -> CaptionTeacher:
@@ -51,8 +52,8 @@ def a_step(cli: LightningCLI, empty: int = 0) -> DenoisingStep:
         return cli.model.denoising_step(batch._replace(descriptions=[*[""] * empty, *batch.descriptions[empty:]]))  # type: ignore[no-any-return]
 
 
-def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor]]:
-    """The first weights' prediction from the descriptions, and the outputs of the UNet's cross-attention."""
+def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The first weights' prediction from the descriptions, the outputs of the UNet's cross-attention, and the pooled vectors."""
     module, outputs = cli.model, []
     kept = {n: p.detach().clone() for n, p in module.trainable().items()}
     layers = [m for n, m in module.unet.named_modules() if n.endswith("attn2")]
@@ -69,13 +70,14 @@ def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor
     for hook in hooks:
         hook.remove()
     module.train()
-    return prediction, outputs
+    return prediction, outputs, condition.pooled
 
 
-def test_both_terms_are_logged_and_part_of_the_loss(run: tuple[LightningCLI, Path]) -> None:
+def test_all_terms_are_logged_and_part_of_the_loss(run: tuple[LightningCLI, Path]) -> None:
     losses = logged(run[1])
-    assert set(losses) == {"loss", "loss/diffusion", "loss/taught", "loss/taught_features"}
-    assert min(losses["loss/taught"]) > 0 and min(losses["loss/taught_features"]) > 0
+    taught = {"loss/taught", "loss/taught_features", "loss/taught_pooled"}
+    assert set(losses) == {"loss", "loss/diffusion"} | taught
+    assert all(min(losses[name]) > 0 for name in taught)
     np.testing.assert_allclose(np.sum([v for tag, v in losses.items() if tag != "loss"], axis=0), losses["loss"], rtol=1e-5)
 
 
@@ -84,10 +86,13 @@ def test_the_terms_are_those_of_the_definition(run: tuple[LightningCLI, Path]) -
     step = a_step(cli)
     own = [*teacher_of(cli).seen.values()]
     found = teacher_of(cli).compute(step)
-    prediction, outputs = by_hand(cli, step)
+    prediction, outputs, pooled = by_hand(cli, step)
     torch.testing.assert_close(found["taught"], (step.prediction - prediction).square().mean())
     shares = [((f - t).square().sum((1, 2)) / t.square().sum((1, 2))).mean() for f, t in zip(own, outputs, strict=True)]
     torch.testing.assert_close(found["taught_features"], 2 * torch.stack(shares).mean())
+    mine = step.condition.pooled
+    assert mine is not None
+    torch.testing.assert_close(found["taught_pooled"], 3 * ((mine - pooled).square().sum(1) / pooled.square().sum(1)).mean())
 
 
 def test_the_teacher_is_the_model_as_the_fit_found_it(run: tuple[LightningCLI, Path], experiment: Path, tmp_path: Path) -> None:
@@ -122,7 +127,7 @@ def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -
     cli, _ = run
     some = a_step(cli, empty=2)
     found = teacher_of(cli).compute(some)
-    prediction, _ = by_hand(cli, some)
+    prediction, *_ = by_hand(cli, some)
     torch.testing.assert_close(found["taught"], (some.prediction - prediction)[2:].square().mean())
     gone = teacher_of(cli).compute(a_step(cli, empty=4))
     assert gone["taught"] == 0 and gone["taught"].requires_grad
@@ -139,15 +144,26 @@ def test_held_out_batches_have_no_teacher(run: tuple[LightningCLI, Path]) -> Non
     assert teacher_of(run[0]).compute(step) == {}
 
 
-@pytest.mark.parametrize("settings", [{"prediction": -1.0}, {"prediction": 0.0, "features": 0.0}])
+@pytest.mark.parametrize("settings", [{"prediction": -1.0}, {"pooled": -1.0}, {"prediction": 0.0, "features": 0.0}])
 def test_shares_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="0 or more, and not both 0"):
+    with pytest.raises(ValueError, match="0 or more, and not all 0"):
         CaptionTeacher(**settings)
 
 
 def test_a_share_of_zero_is_absent(experiment: Path, tmp_path: Path) -> None:
     fit(experiment, tmp_path, "--trainer.max_steps=1", features=0.0)
     assert set(logged(tmp_path)) == {"loss", "loss/diffusion", "loss/taught"}
+
+
+def test_a_unet_without_a_pooled_vector_has_no_share_of_it(run: tuple[LightningCLI, Path], sd15_unet: UNet2DConditionModel) -> None:
+    cli, teacher = run[0], CaptionTeacher(pooled=1.0)
+    teacher.setup(cli.trainer, cli.model, "fit")
+    own, cli.model.unet = cli.model.unet, sd15_unet
+    try:
+        with pytest.raises(ValueError, match="this UNet takes no pooled vector"):
+            teacher.on_train_start(cli.trainer, cli.model)
+    finally:
+        cli.model.unet = own
 
 
 def test_descriptions_tell_what_references_show() -> None:
