@@ -87,7 +87,7 @@ class CaptionTeacher(LossTerm):
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction),
             "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
-            "taught_pooled": lambda: relative_error(step.condition.pooled, condition.pooled),
+            "taught_pooled": lambda: relative_error(*(cast("Tensor", c.pooled) for c in (step.condition, condition))),
         }
         return {name: share * counted_mean(terms[name](), counts) for name, share in self.shares.items() if share}
 
