@@ -45,8 +45,8 @@ class RetrievalRecipe(Recipe):
         if self.swap_target and (k := int(rng.integers(len(neighbours) + 1))) < len(neighbours):
             assert record.target is not None
             own = Reference(0, record.target, record.caption or "", "neighbour")
-            record = replace(record, target=neighbours[k].image, caption=neighbours[k].phrase, description=None)
-            record = replace(record, boxes=(), controls={}, mask=None, extra={})
+            image, caption = neighbours[k].image, neighbours[k].phrase
+            record = replace(record, target=image, caption=caption, description=None, boxes=(), controls={}, mask=None, extra={})
             neighbours[k] = own
         drawn = [neighbours[i] for i in rng.choice(len(neighbours), self.context, replace=False)]
         context = tuple(replace(r, marker=k + 1, phrase=plain(r.phrase)) for k, r in enumerate(drawn))

@@ -347,20 +347,18 @@ class VLMPretraining(RecordPretraining):
         losses = {}
         if speaks:
             begun = [text if answer else "" for text, answer in zip(texts, answers, strict=True)]
-            asked = torch.tensor([answer is not None for answer in answers])
-            losses["loss/language"] = self.language(prompts, following(self.encoder, prompts, begun, markers, references), asked)
+            told = following(self.encoder, prompts, begun, markers, references)
+            losses["loss/language"] = self.language(prompts, told, [answer is not None for answer in answers])
         if self.noise and (shown := toys_shown(records, prompts)):
             losses["loss/telling"] = self.telling(*shown)
         self.log_dict(losses, prog_bar=True)
         return torch.stack(list(losses.values())).sum()
 
-    def language(self, prompts: Prompts, told: Tensor, asked: Tensor) -> Tensor:
-        """The language loss over the tokens that are ``told`` [b, n]; logs how many are right, of the answers to those who ``asked`` [b]
-        too."""
+    def language(self, prompts: Prompts, told: Tensor, asked: list[bool]) -> Tensor:
+        """The language loss over the tokens that are ``told`` [b, n]; logs how many are right, also of those who ``asked`` alone."""
         logits = self.net.lm_head(self.encoder.read(prompts))
-        right = logits[:, :-1].argmax(-1) == prompts.tokens[:, 1:]
-        counted = told[:, 1:]
-        if asked.any():
+        right, counted = logits[:, :-1].argmax(-1) == prompts.tokens[:, 1:], told[:, 1:]
+        if any(asked):
             self.log("accuracy/answers", right[asked][counted[asked]].float().mean())
         self.log("accuracy/tokens", right[counted].float().mean(), prog_bar=True)
         return language_loss(logits, prompts.tokens, told)
