@@ -24,7 +24,8 @@ from lightning_mmgen.losses import DenoisingStep
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
 from lightning_mmgen.tools.main import main as mmgen
-from lightning_mmgen.toybox.pretrain import VAEPretraining, VLMPretraining
+from lightning_mmgen.toybox.pretrain import VAEPretraining
+from lightning_mmgen.toybox.pretrain_vlm import VLMPretraining
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"

@@ -1,4 +1,5 @@
-"""What makes the toybox's pretrained parts: LightningModules for its VAE, its CLIP and its vision-language model.
+"""What makes the toybox's pretrained parts: LightningModules for its VAE and its CLIP; ``pretrain_vlm.py`` has its
+vision-language model's.
 
 A real run starts from published weights and needs none of this. Each module writes a plain ``diffusers`` or ``transformers``
 folder when its fit ends; the YAMLs are in ``experiments/toybox/``.
@@ -6,7 +7,6 @@ folder when its fit ends; the YAMLs are in ``experiments/toybox/``.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
-from ..batch import pack
 from ..data.images import pixels
-from ..losses import language_loss
-from ..models.chat import following
-from ..models.encoder import Prompts, clip_normalised
-from ..models.idefics2 import Idefics2Encoder
+from ..models.encoder import clip_normalised
 from ..models.weights import locate
 from ..prompt import Record
-from .render import draw, toy_rgb
+from .render import draw
 from .tasks import TASKS
-from .world import NAMES, STYLES, TRAITS, Toy, random_scene
-
-PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
-KINDS = [*NAMES.values(), STYLES]  # what a toy's picture shows, by name
-FACTS = [*map(len, KINDS), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
+from .world import random_scene
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -256,145 +248,3 @@ class CLIPPretraining(RecordPretraining):
         right = (out.logits_per_image.argmax(1) == torch.arange(len(records))).float().mean()
         self.log_dict({"loss/contrastive": out.loss, "accuracy": right}, prog_bar=True)
         return out.loss
-
-
-class VLMPretraining(RecordPretraining):
-    """An Idefics2-shaped VLM without perceiver: the language loss on answers about pictures and on captions, and a loss that has every
-    single token of a toy's picture say what the toy is (:meth:`telling`).
-
-    Args:
-        reference_sizes: sides in pixels, one drawn at random for a batch, of pictures that show one toy alone.
-        noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
-        emphasis: factors of single traits' errors in that loss, by the trait's name; 1 where none is given.
-        train_language: train the language model too, not the vision tower and the projector alone.
-        language_every: steps from one with the language loss to the next; those between see nothing but toys alone, at a third of the time.
-        start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
-    """
-
-    def __init__(
-        self,
-        out: str,
-        vision: dict[str, int],
-        text: dict[str, int],
-        tasks: dict[str, float],
-        reference_sizes: tuple[int, ...] = (40,),
-        lr: float = 1e-3,
-        batch_size: int = 32,
-        warmup: int = 100,
-        seed: int = 0,
-        ema: float = 0.998,
-        noise: float = 1.5,
-        emphasis: dict[str, float] | None = None,
-        train_language: bool = True,
-        language_every: int = 1,
-        start: str | None = None,
-    ) -> None:
-        super().__init__(out, lr, batch_size, warmup, seed, ema)
-        from transformers import Idefics2Config, Idefics2ForConditionalGeneration
-
-        if language_every > 1 and not (noise and set(tasks) & set(PORTRAITS)):
-            raise ValueError("VLMPretraining: between steps with the language loss there is nothing to learn without noise and toys alone")
-        self.tasks, self.reference_sizes, self.language_every = tasks, reference_sizes, language_every
-        special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
-        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(start)) if start else build_tokenizer(text["vocab_size"], special)
-        width = text["hidden_size"]
-        perceiver = {
-            "hidden_size": width,
-            "resampler_n_latents": 8,
-            "resampler_depth": 1,
-            "resampler_n_heads": 2,
-            "resampler_head_dim": 16,
-            "num_key_value_heads": 1,
-        }
-        config = Idefics2Config(
-            vision_config=vision,
-            text_config={
-                **text,
-                **self.token_ids(),
-                "model_type": "mistral",
-                "max_position_embeddings": 2048,
-                "sliding_window": None,
-                "tie_word_embeddings": False,
-            },
-            perceiver_config=perceiver,
-            image_token_id=self.tokenizer.convert_tokens_to_ids("<image>"),
-            tie_word_embeddings=False,
-        )
-        self.net = Idefics2ForConditionalGeneration(config)
-        torch.nn.init.normal_(self.net.get_input_embeddings().weight, std=0.1)  # words start far apart
-        if start:
-            self.net.load_state_dict(Idefics2ForConditionalGeneration.from_pretrained(locate(start)).state_dict())
-        self.encoder = Idefics2Encoder(out, image_tokens=(reference_sizes[0] // vision["patch_size"]) ** 2, norm=True)
-        self.encoder.adopt(self.net.model, self.tokenizer)
-        self.noise, self.facts = noise, torch.nn.Linear(width, sum(FACTS))
-        factors = [(emphasis or {}).get(name, 1.0) for name in TRAITS]
-        self.register_buffer("factors", torch.tensor([*factors, *[1.0] * (FACTS[-1] - len(factors))]), persistent=False)
-        if not train_language:
-            self.net.model.text_model.requires_grad_(False)
-            self.net.lm_head.requires_grad_(False)
-
-    def training_step(self, records: list[Record], batch_idx: int) -> Tensor | None:
-        speaks = batch_idx % self.language_every == 0
-        records = records if speaks else [r for r in records if r.task in PORTRAITS]
-        if not records:
-            return None
-        texts, answers = [r.prompt().instruction for r in records], [r.answer for r in records]
-        full = [t + (f" {answer}</s>" if answer else "</s>") for t, answer in zip(texts, answers, strict=True)]
-        markers = [[ref.marker for ref in r.references] for r in records]
-        side = self.reference_sizes[int(torch.randint(len(self.reference_sizes), ()))]
-        references = pack([[pixels(ref.image, side if r.task in PORTRAITS else None) for ref in r.references] for r in records])
-        prompts = self.encoder.embed(full, markers, references)
-        losses = {}
-        if speaks:
-            begun = [text if answer else "" for text, answer in zip(texts, answers, strict=True)]
-            told = following(self.encoder, prompts, begun, markers, references)
-            losses["loss/language"] = self.language(prompts, told, [answer is not None for answer in answers])
-        if self.noise and (shown := toys_shown(records, prompts)):
-            losses["loss/telling"] = self.telling(*shown)
-        self.log_dict(losses, prog_bar=True)
-        return torch.stack(list(losses.values())).sum()
-
-    def language(self, prompts: Prompts, told: Tensor, asked: list[bool]) -> Tensor:
-        """The language loss over the tokens that are ``told`` [b, n]; logs how many are right, also of those who ``asked`` alone."""
-        logits = self.net.lm_head(self.encoder.read(prompts))
-        right, counted = logits[:, :-1].argmax(-1) == prompts.tokens[:, 1:], told[:, 1:]
-        if any(asked):
-            self.log("accuracy/answers", right[asked][counted[asked]].float().mean())
-        self.log("accuracy/tokens", right[counted].float().mean(), prog_bar=True)
-        return language_loss(logits, prompts.tokens, told)
-
-    def telling(self, tokens: Tensor, toys: list[Toy], styles: list[str]) -> Tensor:
-        """How badly one linear layer tells a toy and its picture's style from any one of the picture's tokens [toys, patches, d], with
-        noise on it: the cross-entropy of three names and of the style, and the squared error of each measure (:func:`measures`)."""
-        told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
-        loss = tokens.new_zeros(())
-        named = [[getattr(toy, name) for toy in toys] for name in NAMES] + [styles]
-        for names, kinds, choices in zip(named, KINDS, told[:-1], strict=True):
-            right = torch.tensor([kinds.index(name) for name in names], device=tokens.device)
-            loss = loss + F.cross_entropy(choices.movedim(-1, 1), right[:, None].expand(choices.shape[:2]))
-        wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
-        has = wanted.isfinite()
-        errors = ((told[-1] - wanted.nan_to_num()).square() * has).sum((0, 1)) / has.sum((0, 1)).clamp(min=1)
-        return loss + (self.factors * errors).sum()
-
-
-def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy], list[str]] | None:
-    """The tokens [toys, patches, d] of all pictures that show one toy alone, the toys, and the pictures' styles."""
-    shown = [
-        (prompts.inputs[b, span.start : span.end], placed.toy, record.extra["truth"].scene.style)
-        for b, record in enumerate(records)
-        if record.task in PORTRAITS
-        for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
-    ]
-    if not shown:
-        return None
-    tokens, toys, styles = zip(*shown, strict=True)
-    return torch.stack(tokens), list(toys), list(styles)
-
-
-def measures(toy: Toy) -> list[float]:
-    """A toy's traits over their ranges and its first tone's red, green and blue, each from -1 to 1; not a number for a trait that it
-    does not show."""
-    shown = toy.traits()
-    traits = [2 * (shown.get(name, math.nan) - low) / (high - low) - 1 for name, (low, high) in TRAITS.items()]
-    return [*traits, *(2 * float(c) - 1 for c in toy_rgb(toy))]

@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL
 from lightning_mmgen.batch import pack
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
-from lightning_mmgen.toybox.pretrain import FACTS, Pictures, VLMPretraining, toys_shown, whiten
+from lightning_mmgen.toybox.pretrain import Pictures, whiten
+from lightning_mmgen.toybox.pretrain_vlm import FACTS, VLMPretraining, toys_shown
 from lightning_mmgen.toybox.tasks import TASKS
 from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, Toy
 
