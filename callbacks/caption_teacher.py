@@ -32,9 +32,10 @@ class CaptionTeacher(LossTerm):
     relative to the teacher's: d(f, g) = || f - g ||^2 / || g ||^2), and SDXL's pooled vector p says it at once:
     L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l d(f_l, f_l,T) + pooled d(p, p_T)).
 
-    What the descriptions leave out is learned from the targets, by L_0. Samples without one add nothing; of one whose prompt was
-    dropped the teacher reads no more either. A step costs one more forward pass without gradients. The teacher's weights are part of the
-    checkpoint.
+    What the descriptions leave out is learned from the targets, by L_0. A prompt without pictures, or whose pictures were dropped, the
+    teacher reads as it is, so that words go on being read as they were (learning without forgetting, Li & Hoiem 2016, section 3); one with
+    pictures but no description adds nothing. A step costs one more forward pass without gradients. The teacher's weights are part of
+    the checkpoint.
 
     Args:
         weight: factor of all terms.
@@ -83,7 +84,8 @@ class CaptionTeacher(LossTerm):
         with self.watching(self.module):
             prediction, condition = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
         told, self.seen = self.seen, {}
-        counts = torch.tensor([bool(text) for text in descriptions(batch)], device=prediction.device)
+        pairs = zip(descriptions(batch), batch.markers, strict=True)
+        counts = torch.tensor([bool(said or not marks) for said, marks in pairs], device=prediction.device)
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction),
             "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
@@ -99,8 +101,9 @@ class CaptionTeacher(LossTerm):
 
 
 def in_words(batch: Batch) -> Batch:
-    """The batch with each target's description in the place of its instruction; nothing in the place of nothing."""
-    texts = [said if text else "" for said, text in zip(descriptions(batch), batch.instructions, strict=True)]
+    """The batch with each target's description in the place of its instruction, where that has pictures."""
+    rows = zip(descriptions(batch), batch.markers, batch.instructions, strict=True)
+    texts = [said if marks else text for said, marks, text in rows]
     return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None)
 
 

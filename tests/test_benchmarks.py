@@ -28,7 +28,11 @@ def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("files", "learning"), [(["instruct.yaml"], ["EMA", "CaptionTeacher"]), (["instruct.yaml", "overlays/toybox.yaml"], ["EMA"])]
+    ("files", "learning"),
+    [
+        (["instruct.yaml", "overlays/toybox.yaml"], ["EMA", "CaptionTeacher"]),
+        (["edit_alignment.yaml", "overlays/toybox.yaml", "overlays/toybox_edits.yaml"], ["EMA"]),
+    ],
 )
 def test_claims_keep_what_a_recipe_learns_by_and_leave_out_the_rest(files: list[str], learning: list[str]) -> None:
     jobs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/claims/jobs.py"))

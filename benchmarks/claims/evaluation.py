@@ -2,7 +2,7 @@
 
     python benchmarks/claims/evaluation.py [--runs DIR] [--seeds 1 2 3] [--steps 270] [--count 96] [--jobs 2]
 
-Trains ``experiments/instruct.yaml`` (with ``overlays/toybox.yaml``: no captions teach) three times a seed: on subjects shown by other
+Trains ``experiments/instruct.yaml`` (24 samples a step, by the targets alone) three times a seed: on subjects shown by other
 pictures of them (``follows``), on one reference that is the target itself, with no words for it (``copies``), and on references of other
 records (``ignores``). Each draws the same held-out instructions; every score is held against what the oracle reads, picture by picture,
 and the probes against what each model was trained to do.
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import DATA, Job, arguments, fit, interval, work
+from jobs import DATA, UNTAUGHT, Job, arguments, fit, interval, work
 from lightning_mmgen.callbacks import sample
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -40,6 +40,7 @@ from lightning_mmgen.toybox.oracle import score
 from lightning_mmgen.toybox.tasks import picture
 from lightning_mmgen.toybox.world import other_view
 
+BATCH = 24
 MODELS = ("follows", "copies", "ignores")
 TRUTHS = ("following", "consistency")
 METRICS = {
@@ -74,7 +75,7 @@ def data(job: Job) -> list[str]:
         return [f"{DATA}.train={json.dumps(source)}"]
     folder = Path(job.runs) / "copies" / f"seed{job.seed}" / "records"
     if not (folder / "records.jsonl").is_file():
-        shown = (copied(r) for r in ToyboxSource(tasks, length=min(24 * job.steps, 4096), seed=job.seed))
+        shown = (copied(r) for r in ToyboxSource(tasks, length=min(BATCH * job.steps, 4096), seed=job.seed))
         write_jsonl(shown, folder)
     return [f"{DATA}.train={folder / 'records.jsonl'}"]
 
@@ -94,7 +95,7 @@ def in_scenes(record: Record) -> Record:
 
 def measure(job: Job) -> Scores:
     """Train, draw the held-out instructions, score."""
-    pipeline = MultimodalPipeline.of(fit(job, ["instruct.yaml", "overlays/toybox.yaml"], data(job)))
+    pipeline = MultimodalPipeline.of(fit(job, ["instruct.yaml"], [*data(job), UNTAUGHT, f"{DATA}.batch_size={BATCH}"]))
     source = ToyboxSource({"subject": 1.0}, held_out=True)
     records = [source.record(i) for i in range(job.count)]
     drawn = sample(pipeline, records, seed=job.seed, side=64)
@@ -204,7 +205,7 @@ def claim(scores: dict[tuple[str, int], Scores], seeds: list[int], name: str, mo
 
 
 def main() -> None:
-    args = arguments("runs/claims/evaluation", 96)
+    args = arguments("runs/claims/evaluation", 96, steps=270)
     scores = work(args, [list(MODELS)], measure)
     print("\n" + "\n".join(means(scores, args.seeds, dict(zip(TRUTHS, TRUTHS, strict=True)) | METRICS | PROBES)))
     print("\n" + "\n".join(correlations(scores, args.seeds)) + "\n")

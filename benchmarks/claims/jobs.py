@@ -26,6 +26,8 @@ from lightning_mmgen.tools.generate import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 MODEL, DATA = "--model.init_args", "--data.init_args"
+UNTAUGHT = "--trainer.callbacks=" + json.dumps([{"class_path": "EMA", "init_args": {"decay": 0.99}}])
+"""Of a training that learns by its targets alone."""
 
 
 class Job(NamedTuple):
@@ -98,7 +100,7 @@ def _do(job: Job, measure: Callable[[Job], Any]) -> None:
     print(f"{job.name}, seed {job.seed}: " + ", ".join(f"{k} {np.mean(v):.3f}" for k, v in scores.items() if v), flush=True)
 
 
-def arguments(runs: str, count: int, *more: argparse.ArgumentParser, steps: int = 270) -> argparse.Namespace:
+def arguments(runs: str, count: int, *more: argparse.ArgumentParser, steps: int) -> argparse.Namespace:
     """The command line of a claims benchmark, and arguments of its own."""
     parser = argparse.ArgumentParser(parents=more)
     parser.add_argument("--runs", default=runs)

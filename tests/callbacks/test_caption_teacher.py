@@ -133,9 +133,18 @@ def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -
     assert gone["taught"] == 0 and gone["taught"].requires_grad
 
 
-def test_a_dropped_prompt_is_taught_by_an_empty_one(run: tuple[LightningCLI, Path]) -> None:
-    batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", ""], descriptions=["a", "b", "", ""])
-    assert in_words(batch).instructions == ["", "b", "", ""]
+def test_words_without_pictures_are_read_as_they_are(run: tuple[LightningCLI, Path]) -> None:
+    batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", "a [ref#1] toy"], descriptions=["a", "b", "c", ""])
+    assert in_words(batch._replace(markers=[[], [1], [], [1]])).instructions == ["", "b", "a toy", ""]
+
+
+def test_words_without_pictures_teach_what_they_said(run: tuple[LightningCLI, Path]) -> None:
+    cli, _ = run
+    step = a_step(cli)
+    bare = step.batch._replace(instructions=["a toy"] * 4, markers=[[]] * 4, references=[], descriptions=[""] * 4)
+    found = teacher_of(cli).compute(step._replace(batch=bare))
+    prediction, *_ = by_hand(cli, step._replace(batch=bare._replace(descriptions=["a toy"] * 4)))
+    torch.testing.assert_close(found["taught"], (step.prediction - prediction).square().mean())
 
 
 def test_held_out_batches_have_no_teacher(run: tuple[LightningCLI, Path]) -> None:
