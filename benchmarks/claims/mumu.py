@@ -1,6 +1,6 @@
 """What MUMU's paper found, measured on the toybox by its oracle (Berman & Peysakhovich 2024, section 6).
 
-    python benchmarks/claims/mumu.py [--runs DIR] [--seeds 1 2 3] [--steps 400] [--count 96] [--jobs 2]
+    python benchmarks/claims/mumu.py [--runs DIR] [--seeds 1 2 3] [--steps 600] [--count 96] [--jobs 2]
 
 Trains ``experiments/mumu_stage1.yaml`` and its variants at the toybox's size, once a seed, measures each on held-out toys, and prints one
 table: claim, threshold, figure with its 95 % interval over the seeds (Student's t), pictures, and whether it holds. What a run measured is
@@ -292,7 +292,7 @@ def row(claim: Claim, scores: dict[tuple[str, int], Scores], seeds: list[int]) -
 
 
 def main() -> None:
-    args = arguments("runs/claims/mumu", 96, steps=400)
+    args = arguments("runs/claims/mumu", 96, steps=600)
     waves = [["base", *RUNS], ["stage 2", "stage 2 of 25", "fine-tune"]]  # the second needs stage 1
     scores = work(args, waves, measure)
     curve = {n: [scores["stage 1" if n == 25 else f"{n} tokens", s]["crops consistency"] for s in args.seeds] for n in TOKENS}
