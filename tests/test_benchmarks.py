@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = [p for p in sorted((Path(__file__).parent.parent / "benchmarks").rglob("*.py")) if "__main__" in p.read_text()]
 
@@ -37,3 +38,17 @@ def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
 def test_claims_keep_what_a_recipe_learns_by_and_leave_out_the_rest(files: list[str], learning: list[str]) -> None:
     jobs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/claims/jobs.py"))
     assert [c["class_path"] for c in jobs["_learning"](files)] == learning
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    jobs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/claims/jobs.py"))
+    few, small = ["instruct.yaml"], [jobs["UNTAUGHT"], f"{jobs['DATA']}.batch_size=2", f"{jobs['DATA']}.workers=0"]
+
+    def after(runs: str, *steps: int) -> dict[str, torch.Tensor]:
+        for k in steps:
+            job = jobs["Job"]("after", 1, str(tmp_path / runs), k, 1, 1)
+            module = jobs["fit"](job, few, small)
+            assert jobs["steps_done"](job) == k
+        return module.trainable()  # type: ignore[no-any-return]
+
+    torch.testing.assert_close(after("stopped", 1, 3), after("whole", 3), rtol=0, atol=1e-6)

@@ -57,14 +57,20 @@ class Job(NamedTuple):
 
 
 def fit(job: Job, files: list[str], more: list[str]) -> Any:
-    """One training, or what it left."""
-    if not job.checkpoint.is_file():
+    """One training, the rest of one that was stopped, or what it left."""
+    if (done := steps_done(job)) < job.steps:
         args = [*_layers(files), f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
         args += [f"--trainer.callbacks={json.dumps(_learning(files))}", "--trainer.enable_progress_bar=false"]
         run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
         args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
+        args += [f"--ckpt_path={job.checkpoint}"] if done else []
         lightning(["fit", *args, *more]).trainer.save_checkpoint(job.checkpoint)
     return load(job.checkpoint)
+
+
+def steps_done(job: Job) -> int:
+    """Optimizer steps behind a job's checkpoint, which a stopped training leaves too; 0 without one."""
+    return int(torch.load(job.checkpoint, weights_only=True, mmap=True)["global_step"]) if job.checkpoint.is_file() else 0
 
 
 def shipped(files: Sequence[str] = ("instruct.yaml",), *more: str) -> Any:
