@@ -84,8 +84,7 @@ class CaptionTeacher(LossTerm):
         with self.watching(self.module):
             prediction, condition = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
         told, self.seen = self.seen, {}
-        pairs = zip(descriptions(batch), batch.markers, strict=True)
-        counts = torch.tensor([bool(said or not marks) for said, marks in pairs], device=prediction.device)
+        counts = torch.tensor([text is not None for text in words(batch)], device=prediction.device)
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction),
             "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
@@ -101,12 +100,14 @@ class CaptionTeacher(LossTerm):
 
 
 def in_words(batch: Batch) -> Batch:
-    """The batch with each target's description in the place of its instruction, where that has pictures."""
-    rows = zip(descriptions(batch), batch.markers, batch.instructions, strict=True)
-    texts = [said if marks else text for said, marks, text in rows]
+    """The batch as a teacher reads it; nothing where there is nothing to be read."""
+    texts = [text or "" for text in words(batch)]
     return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None)
 
 
-def descriptions(batch: Batch) -> list[str]:
-    """What is known of each target in words."""
-    return batch.captions if batch.descriptions is None else batch.descriptions
+def words(batch: Batch) -> list[str | None]:
+    """What a teacher reads of each sample: the target's description in the place of a prompt with pictures, None where it has none; a
+    prompt without pictures as it is."""
+    described = batch.captions if batch.descriptions is None else batch.descriptions
+    rows = zip(described, batch.markers, batch.instructions, strict=True)
+    return [(said or None) if marks else text for said, marks, text in rows]

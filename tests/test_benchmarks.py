@@ -31,6 +31,7 @@ def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("files", "learning"),
     [
+        (["instruct.yaml"], ["EMA", "CaptionTeacher"]),
         (["instruct.yaml", "overlays/toybox.yaml"], ["EMA", "CaptionTeacher"]),
         (["edit_alignment.yaml", "overlays/toybox.yaml", "overlays/toybox_edits.yaml"], ["EMA"]),
     ],

@@ -15,10 +15,9 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from jobs import MODEL, Job, arguments, claim, fit, shipped, work
+from jobs import AVERAGE, MODEL, Job, arguments, claim, fit, shipped, work
 from lightning_mmgen.callbacks import sample
 from rated import overall, rate
 
@@ -61,7 +60,7 @@ def measure(job: Job) -> Scores | Rated:
     if job.name == "before":
         module = shipped(TOYBOX, f"{MODEL}.start=null")
     else:
-        callbacks: list[dict[str, Any]] = [{"class_path": "EMA", "init_args": {"decay": 0.99}}]
+        callbacks = [AVERAGE]
         if terms := PENALTIES[job.name]:
             callbacks.append({"class_path": "ConsistencyPenalty", "init_args": OFF | terms})
         module = fit(job, TOYBOX, [f"{MODEL}.start=null", f"--trainer.callbacks={json.dumps(callbacks)}"])

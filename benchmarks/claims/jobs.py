@@ -26,7 +26,8 @@ from lightning_mmgen.tools.generate import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 MODEL, DATA = "--model.init_args", "--data.init_args"
-UNTAUGHT = "--trainer.callbacks=" + json.dumps([{"class_path": "EMA", "init_args": {"decay": 0.99}}])
+AVERAGE: dict[str, Any] = {"class_path": "EMA", "init_args": {"decay": 0.99}}
+UNTAUGHT = f"--trainer.callbacks={json.dumps([AVERAGE])}"
 """Of a training that learns by its targets alone."""
 
 

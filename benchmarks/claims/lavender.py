@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jobs import EXPERIMENTS, MODEL, Job, arguments, claim, fit, interval, shipped, work
+from jobs import AVERAGE, EXPERIMENTS, MODEL, Job, arguments, claim, fit, interval, shipped, work
 from lightning_mmgen.callbacks.answers import exact_match
 from safetensors import safe_open
 from torch import Tensor
@@ -75,7 +75,7 @@ def measure(job: Job) -> Scores:
     else:
         train = {"class_path": "ToyboxSource", "init_args": {"tasks": {"short question": 1.0}, "length": job.steps * BATCH}}
         more = [f"--data.init_args.train={json.dumps(train)}", f"--data.init_args.batch_size={BATCH}"]
-        callbacks = [{"class_path": "EMA", "init_args": {"decay": 0.99}}]
+        callbacks = [AVERAGE]
         if folder := TARGETS[job.name]:
             more.append(f"--data.init_args.targets={Path(job.runs) / folder}")
             callbacks.append({"class_path": "AttentionAlignment"})

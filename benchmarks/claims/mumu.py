@@ -49,11 +49,10 @@ def table(rates: dict[str, float], **more: Any) -> str:
     return f"{MODEL}.parameters={json.dumps(rows)}"
 
 
-SINGLE = dict.fromkeys(TABLE, 1e-2)
 RUNS: dict[str, list[str]] = {
     "stage 1": [],
     **{f"{n} tokens": [f"{MODEL}.encoder.init_args.image_tokens={n}"] for n in TOKENS if n != 25},
-    "perceiver": [f"{MODEL}.encoder.init_args.keep_perceiver=true", table({**SINGLE, "encoder.perceiver": 1e-2})],
+    "perceiver": [f"{MODEL}.encoder.init_args.keep_perceiver=true", table(dict.fromkeys([*TABLE, "encoder.perceiver"], TABLE["adapter"]))],
     "no augmentation": [f"{DATA}.augmented_share=0"],
     "training table": [table(TABLE)],
 }
