@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,12 +11,12 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mmgen.batch import Batch
-from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, relative_error, squared_error
+from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, error_along, relative_error, squared_error
 from lightning_mmgen.models.attention import layers_of
 from lightning_mmgen.models.unet import pooled_features
 
 from .ema import copies, pieces
-from .teacher import taught
+from .teacher import Taught, taught
 
 if TYPE_CHECKING:
     from lightning_mmgen.module import MultimodalDiffusion
@@ -32,24 +32,31 @@ class CaptionTeacher(LossTerm):
     relative to the teacher's: d(f, g) = || f - g ||^2 / || g ||^2), and SDXL's pooled vector p says it at once:
     L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l d(f_l, f_l,T) + pooled d(p, p_T)).
 
+    Details move these outputs little beside a subject's kind or colour, so that all else drowns them. Where a record has a ``foil``, the
+    teacher reads it too, and what tells its outputs from those of the description is the one direction in which details count:
+    details mean_l a(f_l, f_l,T, f_l,foil), the error along it (:func:`~lightning_mmgen.losses.error_along`; our choice).
+
     What the descriptions leave out is learned from the targets, by L_0. A prompt without pictures, or whose pictures were dropped, the
     teacher reads as it is, so that words go on being read as they were (learning without forgetting, Li & Hoiem 2016, section 3); one with
-    pictures but no description adds nothing. A step costs one more forward pass without gradients. The teacher's weights are part of
-    the checkpoint.
+    pictures but no description adds nothing. A step costs one more forward pass without gradients, two with ``details``. The teacher's
+    weights are part of the checkpoint.
 
     Args:
         weight: factor of all terms.
-        prediction, features, pooled: their shares; one of 0 is neither computed nor logged.
+        prediction, features, pooled, details: their shares; one of 0 is neither computed nor logged.
 
     Raises:
         ValueError: a share below 0, or all of them 0; a share of the pooled vector where the UNet takes none.
     """
 
-    def __init__(self, weight: float = 1.0, prediction: float = 1.0, features: float = 1.0, pooled: float = 0.0) -> None:
+    def __init__(
+        self, weight: float = 1.0, prediction: float = 1.0, features: float = 1.0, pooled: float = 0.0, details: float = 0.0
+    ) -> None:
         super().__init__(weight)
-        self.shares = {"taught": prediction, "taught_features": features, "taught_pooled": pooled}
+        self.shares = {"taught": prediction, "taught_features": features, "taught_pooled": pooled, "taught_details": details}
         if min(self.shares.values()) < 0 or not any(self.shares.values()):
-            raise ValueError(f"CaptionTeacher: the shares must be 0 or more, and not all 0, not {prediction}, {features} and {pooled}")
+            given = ", ".join(map(str, self.shares.values()))
+            raise ValueError(f"CaptionTeacher: the shares must be 0 or more, and not all 0, not {given}")
         self.first: dict[str, Tensor] = {}
         self.layers: list[nn.Module] = []  # of the UNet's cross-attention, where their outputs are asked for
         self.seen: dict[Any, Tensor] = {}
@@ -59,7 +66,7 @@ class CaptionTeacher(LossTerm):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.first = copies(pl_module, self.first)
-        self.layers = list(layers_of(self.module.unet).values()) if self.shares["taught_features"] else []
+        self.layers = list(layers_of(self.module.unet).values()) if self.shares["taught_features"] or self.shares["taught_details"] else []
         if self.shares["taught_pooled"] and not pooled_features(self.module.unet):
             raise ValueError("CaptionTeacher: pooled must be 0, as this UNet takes no pooled vector")
 
@@ -80,17 +87,29 @@ class CaptionTeacher(LossTerm):
         own, self.seen = self.seen, {}
         if not self.first or not self.module.training:
             return {}
-        batch = step.batch
-        with self.watching(self.module):
-            prediction, condition = taught(self.module, self.first, in_words(batch), step.z_t, step.timesteps, step.condition.source)
-        told, self.seen = self.seen, {}
-        counts = torch.tensor([text is not None for text in words(batch)], device=prediction.device)
+        texts, foils = words(step.batch), foils_of(step.batch)
+        (prediction, condition), told = self.read(step, texts)
+
+        def details() -> Tensor:
+            _, other = self.read(step, [text if foil is None else foil for text, foil in zip(texts, foils, strict=True)])
+            return torch.stack([error_along(own[layer], told[layer], other[layer]) for layer in told]).mean(0)
+
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction),
             "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
             "taught_pooled": lambda: relative_error(*(cast("Tensor", c.pooled) for c in (step.condition, condition))),
+            "taught_details": details,
         }
-        return {name: share * counted_mean(terms[name](), counts) for name, share in self.shares.items() if share}
+        counts = {name: [t is not None for t in (foils if name == "taught_details" else texts)] for name in terms}
+        found = {name: terms[name]() for name, share in self.shares.items() if share}
+        return {name: self.shares[name] * counted_mean(v, torch.tensor(counts[name], device=v.device)) for name, v in found.items()}
+
+    def read(self, step: DenoisingStep, texts: Sequence[str | None]) -> tuple[Taught, dict[Any, Tensor]]:
+        """What the teacher makes of the step's z_t with these texts in place of the prompts, and its cross-attention's outputs."""
+        with self.watching(self.module):
+            found = taught(self.module, self.first, in_words(step.batch, texts), step.z_t, step.timesteps, step.condition.source)
+        seen, self.seen = self.seen, {}
+        return found, seen
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": pieces(self.module, self.first)}
@@ -99,10 +118,9 @@ class CaptionTeacher(LossTerm):
         self.first = state_dict["first"]
 
 
-def in_words(batch: Batch) -> Batch:
-    """The batch as a teacher reads it; nothing where there is nothing to be read."""
-    texts = [text or "" for text in words(batch)]
-    return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None)
+def in_words(batch: Batch, texts: Sequence[str | None]) -> Batch:
+    """The batch with these texts in place of its prompts; nothing where there is nothing to be read."""
+    return batch._replace(instructions=[text or "" for text in texts], markers=[[] for _ in texts], references=[], phrases=None)
 
 
 def words(batch: Batch) -> list[str | None]:
@@ -111,3 +129,9 @@ def words(batch: Batch) -> list[str | None]:
     described = batch.captions if batch.descriptions is None else batch.descriptions
     rows = zip(described, batch.markers, batch.instructions, strict=True)
     return [(said or None) if marks else text for said, marks, text in rows]
+
+
+def foils_of(batch: Batch) -> list[str | None]:
+    """The foil of each sample that has one, and pictures that tell it from the target; else None."""
+    foils = batch.foils or [""] * batch.size
+    return [(foil or None) if marks and said else None for foil, marks, said in zip(foils, batch.markers, words(batch), strict=True)]

@@ -81,6 +81,7 @@ class Batch(NamedTuple):
         sizes: [b, 6], SDXL's original size, top left corner of the crop and size of the target, each height first; by default the
             target's size, and no crop.
         descriptions: b texts that say all that is known of the target ("" where nothing); by default the captions.
+        foils: b descriptions of what the targets are not ("" where none).
     """
 
     instructions: list[str]
@@ -97,6 +98,7 @@ class Batch(NamedTuple):
     moments: Moments | None = None
     sizes: Tensor | None = None
     descriptions: list[str] | None = None
+    foils: list[str] | None = None
 
     @property
     def size(self) -> int:

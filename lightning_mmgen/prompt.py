@@ -134,6 +134,8 @@ class Record:
         source_caption: the source picture in plain words, for directional similarity.
         description: all that is known of the target in words, what references show included, for a teacher that reads words
             (:class:`~lightning_mmgen.callbacks.CaptionTeacher`); the caption stands in for it.
+        foil: a description of what the target is not: another picture, unlike it in the details alone that references show (a foil in
+            the sense of FOIL-COCO, Shekhar et al. 2017).
         task: name of the task, for mixing and for tables.
         mask: edit mask of the target, white where it may change.
         boxes: where phrases of the caption (or else of the instruction) lie in the target.
@@ -149,6 +151,7 @@ class Record:
     caption: str | None = None
     source_caption: str | None = None
     description: str | None = None
+    foil: str | None = None
     task: str = "instruct"
     mask: Picture | None = None
     boxes: tuple[Box, ...] = ()

@@ -19,6 +19,7 @@ ROW: dict[str, Any] = {
     "caption": "a cat on a sofa",
     "source_caption": "a sofa",
     "description": "a grey cat asleep on a red sofa, seen from above",
+    "foil": "a grey cat asleep on a red sofa, seen from below",
     "task": "subject",
     "mask": "mask.png",
     "boxes": [("cat", 1, 2.5, 30, 40), {"phrase": "man", "left": 0, "top": 0, "right": 9, "bottom": 9, "kind": "head", "start": 3}],

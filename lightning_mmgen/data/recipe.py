@@ -111,6 +111,7 @@ def collate(samples: list[Sample | BadRow], caches: Caches = Caches()) -> tuple[
         regions=[s.regions or {} for s in good] if any(s.regions is not None for s in good) else None,
         sizes=None if good[0].sizes is None else torch.tensor([s.sizes for s in good]),
         descriptions=[s.record.description or s.record.caption or "" for s in good],
+        foils=[s.record.foil or "" for s in good],
     )
     return batch._replace(moments=_moments(batch, caches)), bad
 

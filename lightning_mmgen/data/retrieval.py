@@ -46,7 +46,7 @@ class RetrievalRecipe(Recipe):
             assert record.target is not None
             own = Reference(0, record.target, record.caption or "", "neighbour")
             image, caption = neighbours[k].image, neighbours[k].phrase
-            record = replace(record, target=image, caption=caption, description=None, boxes=(), controls={}, mask=None, extra={})
+            record = replace(record, target=image, caption=caption, description=None, foil=None, boxes=(), controls={}, mask=None, extra={})
             neighbours[k] = own
         drawn = [neighbours[i] for i in rng.choice(len(neighbours), self.context, replace=False)]
         context = tuple(replace(r, marker=k + 1, phrase=plain(r.phrase)) for k, r in enumerate(drawn))

@@ -3,7 +3,7 @@
 from .alignment import aggregate, alignment, channels, min_max
 from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
 from .diffusion import difference, diffusion_loss, squared_error
-from .distillation import relative_error
+from .distillation import error_along, relative_error
 from .language import language_loss
 from .schedule import ExponentialSchedule, LinearSchedule
 from .term import AnsweringStep, DenoisingStep, LossTerm
@@ -22,6 +22,7 @@ __all__ = [
     "difference",
     "diffusion_loss",
     "earlier",
+    "error_along",
     "identity",
     "language_loss",
     "latent_mask",

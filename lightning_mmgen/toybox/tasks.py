@@ -5,7 +5,7 @@ The truth (:class:`Truth`) travels in ``record.extra["truth"]``, for the oracle 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,8 +42,15 @@ class Truth:
 
     def description(self) -> str:
         """All of the scene in words, with the measures of the toys that a picture shows; more than the instruction may say."""
+        return self._told([placed.toy for placed in self.scene.toys])
+
+    def foil(self) -> str | None:
+        """The description of another scene, unlike this one in the measures of those toys alone: each at the other end of its scale."""
+        return self._told([placed.toy.mirrored() for placed in self.scene.toys]) if self.shown else None
+
+    def _told(self, toys: Sequence[Toy]) -> str:
         shown = {toy for toy, _ in self.shown}
-        return self.scene.caption([p.toy.words(tuple(p.toy.measures()) if k in shown else ()) for k, p in enumerate(self.scene.toys)])
+        return self.scene.caption([toy.words(tuple(toy.measures()) if k in shown else ()) for k, toy in enumerate(toys)])
 
 
 def picture(scene: Scene, side: int = SIDE) -> Image:
@@ -86,7 +93,7 @@ def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Tr
     """``told``: what the instruction says of the scene in words, if that is not all."""
     pixels, masks = draw(scene)
     target, where, words = PILImage.fromarray(pixels), boxes(scene, masks), scene.caption()
-    more |= {"description": truth.description(), "boxes": where, "extra": {"truth": truth, "told": told or words}}
+    more |= {"description": truth.description(), "foil": truth.foil(), "boxes": where, "extra": {"truth": truth, "told": told or words}}
     return Record(text, tuple(refs), target, words, task=task, **more)
 
 

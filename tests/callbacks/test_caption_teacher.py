@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LightningCLI
 from lightning_mmgen.callbacks import CaptionTeacher
-from lightning_mmgen.callbacks.caption_teacher import in_words
+from lightning_mmgen.callbacks.caption_teacher import foils_of, words
 from torch import Tensor
 
 from lightning_mmgen.cli import main
@@ -36,7 +37,7 @@ def fit(experiment: Path, out: Path, *more: str, **settings: float) -> Lightning
 def run(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LightningCLI, Path]:
     """A fit with all terms, and where it lies."""
     out = tmp_path_factory.mktemp("run")
-    return fit(experiment, out, weight=0.5, features=2.0, pooled=3.0), out
+    return fit(experiment, out, weight=0.5, features=2.0, pooled=3.0, details=4.0), out
 
 
 def teacher_of(cli: LightningCLI) -> CaptionTeacher:
@@ -52,8 +53,9 @@ def a_step(cli: LightningCLI, empty: int = 0) -> DenoisingStep:
         return cli.model.denoising_step(batch._replace(descriptions=[*[""] * empty, *batch.descriptions[empty:]]))  # type: ignore[no-any-return]
 
 
-def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The first weights' prediction from the descriptions, the outputs of the UNet's cross-attention, and the pooled vectors."""
+def by_hand(cli: LightningCLI, step: DenoisingStep, texts: list[str] | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The first weights' prediction from the descriptions (or these texts), the outputs of the UNet's cross-attention, and the pooled
+    vectors."""
     module, outputs = cli.model, []
     kept = {n: p.detach().clone() for n, p in module.trainable().items()}
     layers = [m for n, m in module.unet.named_modules() if n.endswith("attn2")]
@@ -63,7 +65,7 @@ def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor
     with torch.no_grad():
         for n, p in module.trainable().items():
             p.copy_(teacher_of(cli).first[n])
-        condition = module.adapter(module.encoder(step.batch.descriptions, [[]] * 4, []))
+        condition = module.adapter(module.encoder(texts or step.batch.descriptions, [[]] * 4, []))
         prediction = module(step.z_t, step.timesteps, condition, tuple(step.batch.target.shape[-2:]))
         for n, p in module.trainable().items():
             p.copy_(kept[n])
@@ -75,7 +77,7 @@ def by_hand(cli: LightningCLI, step: DenoisingStep) -> tuple[Tensor, list[Tensor
 
 def test_all_terms_are_logged_and_part_of_the_loss(run: tuple[LightningCLI, Path]) -> None:
     losses = logged(run[1])
-    taught = {"loss/taught", "loss/taught_features", "loss/taught_pooled"}
+    taught = {"loss/taught", "loss/taught_features", "loss/taught_pooled", "loss/taught_details"}
     assert set(losses) == {"loss", "loss/diffusion"} | taught
     assert all(min(losses[name]) > 0 for name in taught)
     np.testing.assert_allclose(np.sum([v for tag, v in losses.items() if tag != "loss"], axis=0), losses["loss"], rtol=1e-5)
@@ -93,6 +95,23 @@ def test_the_terms_are_those_of_the_definition(run: tuple[LightningCLI, Path]) -
     mine = step.condition.pooled
     assert mine is not None
     torch.testing.assert_close(found["taught_pooled"], 3 * ((mine - pooled).square().sum(1) / pooled.square().sum(1)).mean())
+
+
+def test_details_are_what_tells_the_description_from_its_foil(run: tuple[LightningCLI, Path]) -> None:
+    cli, _ = run
+    step = a_step(cli)
+    step = step._replace(batch=step.batch._replace(foils=[*step.batch.foils[:3], ""]))
+    seen = dict(teacher_of(cli).seen)
+    found = teacher_of(cli).compute(step)["taught_details"]
+    (_, told, _), (_, other, _) = by_hand(cli, step), by_hand(cli, step, [*step.batch.foils[:3], "nothing"])
+    parts = []
+    for f, t, o in zip(seen.values(), told, other, strict=True):
+        along = (t - o).flatten(1) / (t - o).flatten(1).norm(dim=1, keepdim=True)  # unit vectors
+        parts.append((((f - t).flatten(1) * along).sum(1) / t.flatten(1).norm(dim=1)) ** 2)
+    torch.testing.assert_close(found, 4 * torch.stack(parts)[:, :3].mean())  # the fourth record has no foil
+    teacher_of(cli).seen = seen
+    gone = teacher_of(cli).compute(step._replace(batch=step.batch._replace(foils=None)))["taught_details"]
+    assert gone == 0 and gone.requires_grad
 
 
 def test_the_teacher_is_the_model_as_the_fit_found_it(run: tuple[LightningCLI, Path], experiment: Path, tmp_path: Path) -> None:
@@ -135,7 +154,9 @@ def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -
 
 def test_words_without_pictures_are_read_as_they_are(run: tuple[LightningCLI, Path]) -> None:
     batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", "a [ref#1] toy"], descriptions=["a", "b", "c", ""])
-    assert in_words(batch._replace(markers=[[], [1], [], [1]])).instructions == ["", "b", "a toy", ""]
+    batch = batch._replace(markers=[[], [1], [], [1]], foils=["f", "g", "", "h"])
+    assert words(batch) == ["", "b", "a toy", None]
+    assert foils_of(batch) == [None, "g", None, None]  # without pictures or a description nothing tells it from the target
 
 
 def test_words_without_pictures_teach_what_they_said(run: tuple[LightningCLI, Path]) -> None:
@@ -153,7 +174,7 @@ def test_held_out_batches_have_no_teacher(run: tuple[LightningCLI, Path]) -> Non
     assert teacher_of(run[0]).compute(step) == {}
 
 
-@pytest.mark.parametrize("settings", [{"prediction": -1.0}, {"pooled": -1.0}, {"prediction": 0.0, "features": 0.0}])
+@pytest.mark.parametrize("settings", [{"prediction": -1.0}, {"details": -1.0}, {"prediction": 0.0, "features": 0.0}])
 def test_shares_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="0 or more, and not all 0"):
         CaptionTeacher(**settings)
@@ -178,6 +199,7 @@ def test_a_unet_without_a_pooled_vector_has_no_share_of_it(run: tuple[LightningC
 def test_descriptions_tell_what_references_show() -> None:
     source = ToyboxSource({"subject": 1.0, "caption": 1.0, "style": 1.0})
     for record in map(source.record, range(30)):
+        assert (record.foil is None) == (record.task != "subject")
         scene = record.extra["truth"].scene
         assert record.description is not None and f", {scene.style} style" in record.description
         if record.task != "subject":
@@ -186,3 +208,5 @@ def test_descriptions_tell_what_references_show() -> None:
         for placed in scene.toys:
             marks = " ".join(f"{name} {mark}" for name, mark in placed.toy.measures().items())
             assert f"{placed.size} {placed.toy.words()} {marks}" in record.description
+            turned = re.sub(r"\d", lambda digit: str(9 - int(digit[0])), marks)  # the other end of the same scale
+            assert record.foil is not None and f"{placed.size} {placed.toy.words()} {turned}" in record.foil

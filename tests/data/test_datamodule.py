@@ -168,9 +168,10 @@ def test_collate_and_pack_keep_every_picture_with_its_sample_and_slot() -> None:
 
 
 def test_a_caption_stands_in_for_a_description() -> None:
-    rows = [{}, {"caption": "a"}, {"caption": "a", "description": "a red one"}]
+    rows = [{}, {"caption": "a"}, {"caption": "a", "description": "a red one", "foil": "a blue one"}]
     batch, _ = collate([Sample(Record("draw", target="t.png", **row), [], torch.zeros(3, 4, 4), 0) for row in rows])
     assert batch is not None and (batch.captions, batch.descriptions) == (["", "a", "a"], ["", "a", "a red one"])
+    assert batch.foils == ["", "", "a blue one"]
 
 
 def test_a_batch_of_bad_rows_is_no_batch() -> None:

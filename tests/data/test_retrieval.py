@@ -69,10 +69,10 @@ def test_any_pair_may_be_the_target_when_asked_and_its_old_target_a_neighbour() 
 
 
 def test_a_swapped_target_leaves_behind_what_was_true_of_the_old_one() -> None:
-    record = ToyboxSource({"retrieval": 1.0}).record(0)
+    record = replace(ToyboxSource({"retrieval": 1.0}).record(0), foil="another scene")
     swapped = drawn(record, RetrievalRecipe(16, 16, swap_target=True), 40)
     assert {bool(r.boxes) for r in swapped} == {True, False}
-    assert all(bool(r.boxes) == bool(r.extra) == bool(r.description) == (r.target is record.target) for r in swapped)
+    assert all(bool(r.boxes) == bool(r.extra) == bool(r.description) == bool(r.foil) == (r.target is record.target) for r in swapped)
 
 
 @pytest.mark.parametrize(

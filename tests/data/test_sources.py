@@ -123,7 +123,8 @@ def as_row(record: Record) -> dict[str, Any]:
         return {"bytes": buffer.getvalue(), "path": None}
 
     return {
-        **{k: getattr(record, k) for k in ("instruction", "caption", "source_caption", "description", "task", "session", "turn", "id")},
+        **{k: getattr(record, k) for k in ("instruction", "caption", "source_caption", "description", "foil")},
+        **{k: getattr(record, k) for k in ("task", "session", "turn", "id")},
         "references": [{"marker": r.marker, "image": data(r.image), "phrase": r.phrase, "role": r.role} for r in record.references],
         "target": data(record.target),
         "mask": data(record.mask),
