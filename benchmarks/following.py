@@ -1,6 +1,6 @@
 """Figures of record for instruction following and object consistency on the toybox.
 
-    python benchmarks/following.py [--runs DIR] [--seeds 1 2 3] [--steps 400] [--count 256] [--jobs 2]
+    python benchmarks/following.py [--runs DIR] [--seeds 1 2 3] [--steps 440] [--count 256] [--jobs 2]
 
 Trains ``experiments/instruct.yaml`` once a seed, and its control (references swapped at random) too, then lets the oracle read the pictures
 that each model draws for the held-out instructions. 95 % intervals are bootstraps over pictures; the spread of the seeds' means is printed
@@ -77,7 +77,7 @@ def cell(runs: list[list[float]]) -> str:
 
 
 def main() -> None:
-    args = arguments("runs/following", 256, steps=400)
+    args = arguments("runs/following", 256, steps=440)
     scores = work(args, [["base", "after", "swapped"]], measure)
     print(f"\n{args.count} held-out instructions, seeds {args.seeds}, {args.steps} steps")
     print(f"{'':<38}{'following':>28}{'all conditions':>28}{'consistency':>28}")

@@ -16,7 +16,7 @@ from lightning_mmgen.models.attention import layers_of
 from lightning_mmgen.models.unet import pooled_features
 
 from .ema import copies, pieces
-from .teacher import Taught, taught
+from .teacher import taught
 
 if TYPE_CHECKING:
     from lightning_mmgen.module import MultimodalDiffusion
@@ -38,8 +38,8 @@ class CaptionTeacher(LossTerm):
 
     What the descriptions leave out is learned from the targets, by L_0. A prompt without pictures, or whose pictures were dropped, the
     teacher reads as it is, so that words go on being read as they were (learning without forgetting, Li & Hoiem 2016, section 3); one with
-    pictures but no description adds nothing. A step costs one more forward pass without gradients, two with ``details``. The teacher's
-    weights are part of the checkpoint.
+    pictures but no description adds nothing. A step costs one more forward pass without gradients, of twice
+    the samples with ``details``. The teacher's weights are part of the checkpoint.
 
     Args:
         weight: factor of all terms.
@@ -88,28 +88,20 @@ class CaptionTeacher(LossTerm):
         if not self.first or not self.module.training:
             return {}
         texts, foils = words(step.batch), foils_of(step.batch)
-        (prediction, condition), told = self.read(step, texts)
-
-        def details() -> Tensor:
-            _, other = self.read(step, [text if foil is None else foil for text, foil in zip(texts, foils, strict=True)])
-            return torch.stack([error_along(own[layer], told[layer], other[layer]) for layer in told]).mean(0)
-
-        terms = {
-            "taught": lambda: squared_error(step.prediction, prediction),
-            "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer]) for layer in told]).mean(0),
-            "taught_pooled": lambda: relative_error(*(cast("Tensor", c.pooled) for c in (step.condition, condition))),
-            "taught_details": details,
-        }
-        counts = {name: [t is not None for t in (foils if name == "taught_details" else texts)] for name in terms}
-        found = {name: terms[name]() for name, share in self.shares.items() if share}
-        return {name: self.shares[name] * counted_mean(v, torch.tensor(counts[name], device=v.device)) for name, v in found.items()}
-
-    def read(self, step: DenoisingStep, texts: Sequence[str | None]) -> tuple[Taught, dict[Any, Tensor]]:
-        """What the teacher makes of the step's z_t with these texts in place of the prompts, and its cross-attention's outputs."""
+        read = [texts, foils] if self.shares["taught_details"] else [texts]
+        noisy = repeated(len(read), step.z_t, step.timesteps, step.condition.source)
         with self.watching(self.module):
-            found = taught(self.module, self.first, in_words(step.batch, texts), step.z_t, step.timesteps, step.condition.source)
-        seen, self.seen = self.seen, {}
-        return found, seen
+            prediction, condition = taught(self.module, self.first, in_words(step.batch, read), *noisy)
+        told, self.seen = {layer: output.chunk(len(read)) for layer, output in self.seen.items()}, {}
+        terms = {
+            "taught": lambda: squared_error(step.prediction, prediction[: len(texts)]),
+            "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer][0]) for layer in told]).mean(0),
+            "taught_pooled": lambda: relative_error(*(cast("Tensor", c.pooled)[: len(texts)] for c in (step.condition, condition))),
+            "taught_details": lambda: torch.stack([error_along(own[layer], *told[layer]) for layer in told]).mean(0),
+        }
+        found = {name: terms[name]() for name, share in self.shares.items() if share}
+        counts = {name: [t is not None for t in (foils if name == "taught_details" else texts)] for name in found}
+        return {name: self.shares[name] * counted_mean(v, torch.tensor(counts[name], device=v.device)) for name, v in found.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": pieces(self.module, self.first)}
@@ -118,9 +110,16 @@ class CaptionTeacher(LossTerm):
         self.first = state_dict["first"]
 
 
-def in_words(batch: Batch, texts: Sequence[str | None]) -> Batch:
-    """The batch with these texts in place of its prompts; nothing where there is nothing to be read."""
-    return batch._replace(instructions=[text or "" for text in texts], markers=[[] for _ in texts], references=[], phrases=None)
+def in_words(batch: Batch, read: Sequence[Sequence[str | None]]) -> Batch:
+    """The batch with texts in place of its prompts, once for each b of them; nothing where there is nothing to be read."""
+    texts = [text or "" for some in read for text in some]
+    (sizes,) = repeated(len(read), batch.sizes)
+    return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None, sizes=sizes)
+
+
+def repeated(times: int, *tensors: Tensor | None) -> list[Any]:
+    """Tensors [b, ...] so often over, [times b, ...]; None stays None."""
+    return [None if t is None else t if times == 1 else torch.cat([t] * times) for t in tensors]
 
 
 def words(batch: Batch) -> list[str | None]:
