@@ -5,7 +5,7 @@ The truth (:class:`Truth`) travels in ``record.extra["truth"]``, for the oracle 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -40,16 +40,11 @@ class Truth:
     place: bool = True
     edited: str | None = None
 
-    def description(self) -> str:
-        """All of the scene in words, with the measures of the toys that a picture shows; more than the instruction may say."""
-        return self._told([placed.toy for placed in self.scene.toys])
-
-    def foil(self) -> str | None:
-        """The description of another scene, unlike this one in the measures of those toys alone: each at the other end of its scale."""
-        return self._told([placed.toy.mirrored() for placed in self.scene.toys]) if self.shown else None
-
-    def _told(self, toys: Sequence[Toy]) -> str:
+    def description(self, mirrored: bool = False) -> str:
+        """All of the scene in words, with the measures of the toys that a picture shows, or (``mirrored``) the other ends of their scales;
+        more than the instruction may say."""
         shown = {toy for toy, _ in self.shown}
+        toys = [placed.toy.mirrored() if mirrored else placed.toy for placed in self.scene.toys]
         return self.scene.caption([toy.words(tuple(toy.measures()) if k in shown else ()) for k, toy in enumerate(toys)])
 
 
@@ -93,7 +88,8 @@ def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Tr
     """``told``: what the instruction says of the scene in words, if that is not all."""
     pixels, masks = draw(scene)
     target, where, words = PILImage.fromarray(pixels), boxes(scene, masks), scene.caption()
-    more |= {"description": truth.description(), "foil": truth.foil(), "boxes": where, "extra": {"truth": truth, "told": told or words}}
+    foil = truth.description(mirrored=True) if truth.shown else None
+    more |= {"description": truth.description(), "foil": foil, "boxes": where, "extra": {"truth": truth, "told": told or words}}
     return Record(text, tuple(refs), target, words, task=task, **more)
 
 
