@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
@@ -38,8 +38,8 @@ class CaptionTeacher(LossTerm):
 
     What the descriptions leave out is learned from the targets, by L_0. A prompt without pictures, or whose pictures were dropped, the
     teacher reads as it is, so that words go on being read as they were (learning without forgetting, Li & Hoiem 2016, section 3); one with
-    pictures but no description adds nothing. A step costs one more forward pass without gradients, of twice
-    the samples with ``details``. The teacher's weights are part of the checkpoint.
+    pictures but no description adds nothing. A step costs one more forward pass without gradients, through which samples with foils go
+    twice. The teacher's weights are part of the checkpoint.
 
     Args:
         weight: factor of all terms.
@@ -87,21 +87,22 @@ class CaptionTeacher(LossTerm):
         own, self.seen = self.seen, {}
         if not self.first or not self.module.training:
             return {}
-        texts, foils = words(step.batch), foils_of(step.batch)
-        read = [texts, foils] if self.shares["taught_details"] else [texts]
-        noisy = repeated(len(read), step.z_t, step.timesteps, step.condition.source)
+        batch, size = step.batch, step.batch.size
+        texts, foils = words(batch), foils_of(batch) if self.shares["taught_details"] else {}
+        rows, unlike = [*range(size), *foils], [*foils]  # the descriptions first
+        noisy = (None if t is None else t[rows] for t in (step.z_t, step.timesteps, step.condition.source))
         with self.watching(self.module):
-            prediction, condition = taught(self.module, self.first, in_words(step.batch, read), *noisy)
-        told, self.seen = {layer: output.chunk(len(read)) for layer, output in self.seen.items()}, {}
+            prediction, condition = taught(self.module, self.first, in_words(batch, rows, [*texts, *foils.values()]), *noisy)
+        told, self.seen = {layer: output.split([size, len(foils)]) for layer, output in self.seen.items()}, {}
         terms = {
-            "taught": lambda: squared_error(step.prediction, prediction[: len(texts)]),
-            "taught_features": lambda: torch.stack([relative_error(own[layer], told[layer][0]) for layer in told]).mean(0),
-            "taught_pooled": lambda: relative_error(*(cast("Tensor", c.pooled)[: len(texts)] for c in (step.condition, condition))),
-            "taught_details": lambda: torch.stack([error_along(own[layer], *told[layer]) for layer in told]).mean(0),
+            "taught": lambda: squared_error(step.prediction, prediction[:size]),
+            "taught_features": lambda: mean(relative_error(own[layer], f) for layer, (f, _) in told.items()),
+            "taught_pooled": lambda: relative_error(*(cast("Tensor", c.pooled)[:size] for c in (step.condition, condition))),
+            "taught_details": lambda: mean(error_along(own[layer][unlike], f[unlike], foil) for layer, (f, foil) in told.items()),
         }
-        found = {name: terms[name]() for name, share in self.shares.items() if share}
-        counts = {name: [t is not None for t in (foils if name == "taught_details" else texts)] for name in found}
-        return {name: self.shares[name] * counted_mean(v, torch.tensor(counts[name], device=v.device)) for name, v in found.items()}
+        known = torch.tensor([text is not None for text in texts], device=prediction.device)
+        counts = dict.fromkeys(terms, known) | {"taught_details": known[unlike]}
+        return {name: share * counted_mean(terms[name](), counts[name]) for name, share in self.shares.items() if share}
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": pieces(self.module, self.first)}
@@ -110,16 +111,16 @@ class CaptionTeacher(LossTerm):
         self.first = state_dict["first"]
 
 
-def in_words(batch: Batch, read: Sequence[Sequence[str | None]]) -> Batch:
-    """The batch with texts in place of its prompts, once for each b of them; nothing where there is nothing to be read."""
-    texts = [text or "" for some in read for text in some]
-    (sizes,) = repeated(len(read), batch.sizes)
-    return batch._replace(instructions=texts, markers=[[] for _ in texts], references=[], phrases=None, sizes=sizes)
+def mean(values: Iterable[Tensor]) -> Tensor:
+    """Of tensors of one shape."""
+    return torch.stack([*values]).mean(0)
 
 
-def repeated(times: int, *tensors: Tensor | None) -> list[Any]:
-    """Tensors [b, ...] so often over, [times b, ...]; None stays None."""
-    return [None if t is None else t if times == 1 else torch.cat([t] * times) for t in tensors]
+def in_words(batch: Batch, rows: list[int], texts: Sequence[str | None]) -> Batch:
+    """These rows of the batch with texts in place of their prompts; nothing where there is nothing to be read."""
+    sizes = None if batch.sizes is None else batch.sizes[rows]
+    read = [text or "" for text in texts]
+    return batch._replace(instructions=read, markers=[[] for _ in read], references=[], phrases=None, sizes=sizes)
 
 
 def words(batch: Batch) -> list[str | None]:
@@ -130,7 +131,8 @@ def words(batch: Batch) -> list[str | None]:
     return [(said or None) if marks else text for said, marks, text in rows]
 
 
-def foils_of(batch: Batch) -> list[str | None]:
-    """The foil of each sample that has one, and pictures that tell it from the target; else None."""
+def foils_of(batch: Batch) -> dict[int, str]:
+    """The foil of each row that has one, a description, and pictures that tell the two apart."""
     foils = batch.foils or [""] * batch.size
-    return [(foil or None) if marks and said else None for foil, marks, said in zip(foils, batch.markers, words(batch), strict=True)]
+    known = zip(foils, batch.markers, words(batch), strict=True)
+    return {row: foil for row, (foil, marks, said) in enumerate(known) if foil and marks and said}
