@@ -233,13 +233,14 @@ trainer:
   callbacks:
     - {{class_path: EMA, init_args: {{decay: 0.9}}}}
     - {{class_path: ConsistencyPenalty, init_args: {{spatial: 1.0, temporal: 0.5}}}}
+    - {{class_path: CaptionTeacher, init_args: {{details: 2.0}}}}
     - {{class_path: PictureGrid, init_args: {{every: 2, count: 2}}}}
     - {{class_path: CLIPScoreEvaluation, init_args: {{every: 2, count: 2, model: {clip}}}}}
     - class_path: ModelCheckpoint
       init_args: {{every_n_train_steps: 2, save_last: true, save_top_k: -1, enable_version_counter: false, filename: "{{step}}"}}
 """
-"""Four learning rates, LoRA beside a full adapter, clipping, accumulation, a term of the loss that asks the averaged weights, an average,
-and all that looks at pictures."""
+"""Four learning rates, LoRA beside a full adapter, clipping, accumulation, terms of the loss that ask the averaged and the first weights, an
+average, and all that looks at pictures."""
 
 PLAIN = """
 trainer:
