@@ -239,8 +239,8 @@ trainer:
     - class_path: ModelCheckpoint
       init_args: {{every_n_train_steps: 2, save_last: true, save_top_k: -1, enable_version_counter: false, filename: "{{step}}"}}
 """
-"""Four learning rates, LoRA beside a full adapter, clipping, accumulation, terms of the loss that ask the averaged and the first weights, an
-average, and all that looks at pictures."""
+"""Four learning rates, LoRA beside a full adapter, clipping, accumulation, terms of the loss that ask the averaged weights and the first
+ones, an average, and all that looks at pictures."""
 
 PLAIN = """
 trainer:

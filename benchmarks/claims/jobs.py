@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -93,10 +92,13 @@ def _learning(files: Sequence[str]) -> list[Any]:
 
 
 def _stop(*_: Any) -> None:
-    """What SIGTERM does to a benchmark: its trainings end with it."""
-    for child in multiprocessing.active_children():
-        child.terminate()
-    sys.exit(128 + signal.SIGTERM)
+    """What SIGTERM does to a benchmark: its trainings end with it, saved, and none begins in their places."""
+    while children := multiprocessing.active_children():
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join()
+    os._exit(128 + signal.SIGTERM)
 
 
 def _do(job: Job, measure: Callable[[Job], Any]) -> None:
