@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mmgen.batch import Batch
+from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, error_along, relative_error, squared_error
 from lightning_mmgen.models.attention import layers_of
 from lightning_mmgen.models.unet import pooled_features
@@ -26,10 +27,11 @@ class CaptionTeacher(LossTerm):
     """Asks of a prompt with pictures what the model, as the fit found it, predicts when it reads the target's description in their place
     (``Record.description``; its caption where there is none).
 
-    The teacher has the weights that the fit began with, and reads the same z_t. Its prediction e_T is a function of words alone, where the
-    target holds all that no prompt tells (score distillation of Kosmos-G, Pan et al. 2024, section 2.3); the outputs f_l of the UNet's
-    cross-attention layers say at each layer what is to be read (feature distillation of BK-SDM, Kim et al. 2024, equation 3, here
-    relative to the teacher's: d(f, g) = || f - g ||^2 / || g ||^2), and SDXL's pooled vector p says it at once:
+    The teacher has the weights that the fit began with (one that starts from a run with a teacher goes on with that one, which may know
+    more words), and reads the same z_t. Its prediction e_T is a function of words alone, where the target holds all that no prompt tells
+    (score distillation of Kosmos-G, Pan et al. 2024, section 2.3); the outputs f_l of the UNet's cross-attention layers say at each layer
+    what is to be read (feature distillation of BK-SDM, Kim et al. 2024, equation 3, here relative to the teacher's:
+    d(f, g) = || f - g ||^2 / || g ||^2), and SDXL's pooled vector p says it at once:
     L = L_0 + weight (prediction || e - e_T ||^2 + features mean_l d(f_l, f_l,T) + pooled d(p, p_T)).
 
     Details move these outputs little beside a subject's kind or colour, so that all else drowns them. Where a record has a ``foil``, the
@@ -65,6 +67,9 @@ class CaptionTeacher(LossTerm):
         self.module = cast("MultimodalDiffusion", pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.first and (start := self.module.start):
+            callbacks = AtomicCheckpointIO().load_checkpoint(start, whole=self.module.engine is None)["callbacks"]
+            self.first = callbacks.get(self.state_key, {}).get("first", {})
         self.first = copies(pl_module, self.first)
         self.layers = list(layers_of(self.module.unet).values()) if self.shares["taught_features"] or self.shares["taught_details"] else []
         if self.shares["taught_pooled"] and not pooled_features(self.module.unet):

@@ -127,6 +127,13 @@ def test_the_teacher_is_the_model_as_the_fit_found_it(run: tuple[LightningCLI, P
     assert all(torch.equal(p, whole.model.trainable()[n]) for n, p in resumed.model.trainable().items())
 
 
+def test_a_fit_that_starts_from_a_taught_run_keeps_its_teacher(run: tuple[LightningCLI, Path], experiment: Path, tmp_path: Path) -> None:
+    start = run[1] / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    second = fit(experiment, tmp_path, "--trainer.max_steps=1", f"--model.init_args.start={start}")
+    first, kept = teacher_of(run[0]).first, teacher_of(second).first
+    assert kept.keys() == first.keys() and all(torch.equal(w, first[n]) for n, w in kept.items())
+
+
 def test_a_caption_read_in_place_of_itself_teaches_nothing(experiment: Path, tmp_path: Path) -> None:
     cli = fit(experiment, tmp_path, "--trainer.max_steps=1", "--model.init_args.schedule.warmup=1000000000")
     step = a_step(cli)
