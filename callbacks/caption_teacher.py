@@ -95,10 +95,11 @@ class CaptionTeacher(LossTerm):
         batch, size = step.batch, step.batch.size
         texts, foils = words(batch), foils_of(batch) if self.shares["taught_details"] else {}
         rows, unlike = [*range(size), *foils], [*foils]  # the descriptions first
-        noisy = (None if t is None else t[rows] for t in (step.z_t, step.timesteps, step.condition.source))
+        read, source = in_words(batch, rows, [*texts, *foils.values()]), step.condition.source
+        source = None if source is None else source[rows]
         with self.watching(self.module):
-            prediction, condition = taught(self.module, self.first, in_words(batch, rows, [*texts, *foils.values()]), *noisy)
-        told, self.seen = {layer: output.split([size, len(foils)]) for layer, output in self.seen.items()}, {}
+            prediction, condition = taught(self.module, self.first, read, step.z_t[rows], step.timesteps[rows], source)
+        told, self.seen = {layer: (output[:size], output[size:]) for layer, output in self.seen.items()}, {}
         terms = {
             "taught": lambda: squared_error(step.prediction, prediction[:size]),
             "taught_features": lambda: mean(relative_error(own[layer], f) for layer, (f, _) in told.items()),
