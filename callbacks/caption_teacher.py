@@ -11,7 +11,6 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_mmgen.batch import Batch
-from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, error_along, relative_error, squared_error
 from lightning_mmgen.models.attention import layers_of
 from lightning_mmgen.models.unet import pooled_features
@@ -66,10 +65,10 @@ class CaptionTeacher(LossTerm):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.module = cast("MultimodalDiffusion", pl_module)
 
+    def start_from(self, state: dict[str, Any]) -> None:
+        self.first = state.get("first", {})
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.first and (start := self.module.start):
-            callbacks = AtomicCheckpointIO().load_checkpoint(start, whole=self.module.engine is None)["callbacks"]
-            self.first = callbacks.get(self.state_key, {}).get("first", {})
         self.first = copies(pl_module, self.first)
         self.layers = list(layers_of(self.module.unet).values()) if self.shares["taught_features"] or self.shares["taught_details"] else []
         if self.shares["taught_pooled"] and not pooled_features(self.module.unet):
@@ -93,7 +92,8 @@ class CaptionTeacher(LossTerm):
         if not self.first or not self.module.training:
             return {}
         batch, size = step.batch, step.batch.size
-        texts, foils = words(batch), foils_of(batch) if self.shares["taught_details"] else {}
+        texts = words(batch)
+        foils = foils_of(batch, texts) if self.shares["taught_details"] else {}
         rows, unlike = [*range(size), *foils], [*foils]  # the descriptions first
         read, source = in_words(batch, rows, [*texts, *foils.values()]), step.condition.source
         source = None if source is None else source[rows]
@@ -123,7 +123,8 @@ def mean(values: Iterable[Tensor]) -> Tensor:
 
 
 def in_words(batch: Batch, rows: list[int], texts: Sequence[str | None]) -> Batch:
-    """These rows of the batch with texts in place of their prompts; nothing where there is nothing to be read."""
+    """The batch with texts in place of its prompts, each of the size of the target in one of these ``rows``; nothing where there is nothing
+    to be read."""
     sizes = None if batch.sizes is None else batch.sizes[rows]
     read = [text or "" for text in texts]
     return batch._replace(instructions=read, markers=[[] for _ in read], references=[], phrases=None, sizes=sizes)
@@ -137,8 +138,8 @@ def words(batch: Batch) -> list[str | None]:
     return [(said or None) if marks else text for said, marks, text in rows]
 
 
-def foils_of(batch: Batch) -> dict[int, str]:
-    """The foil of each row that has one, a description, and pictures that tell the two apart."""
+def foils_of(batch: Batch, texts: Sequence[str | None]) -> dict[int, str]:
+    """The foil of each row that has one, something else to read (:func:`words`), and pictures that tell the two apart."""
     foils = batch.foils or [""] * batch.size
-    known = zip(foils, batch.markers, words(batch), strict=True)
+    known = zip(foils, batch.markers, texts, strict=True)
     return {row: foil for row, (foil, marks, said) in enumerate(known) if foil and marks and said}

@@ -90,7 +90,10 @@ class TunedModule(L.LightningModule, ABC):
             self.engine.share(self)
             self.table.hold(self)
         if self.start and self._trainer and not self._trainer.ckpt_path:
-            self.load_trained(AtomicCheckpointIO().load_checkpoint(self.start, whole=self.engine is None))
+            checkpoint = AtomicCheckpointIO().load_checkpoint(self.start, whole=self.engine is None)
+            self.load_trained(checkpoint)
+            for term in self.terms():
+                term.start_from(checkpoint["callbacks"].get(term.state_key, {}))
 
     @property
     def engine(self) -> Sharing | None:

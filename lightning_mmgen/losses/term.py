@@ -62,6 +62,9 @@ class LossTerm(Callback, ABC):
         """Modules of the term's own, by the names that the parameter table uses; asked for once the module has built its parts."""
         return {}
 
+    def start_from(self, state: dict[str, Any]) -> None:
+        """A fit starts from another run's weights: take over what goes on of this term's ``state`` there, empty if it had none."""
+
     def clean(self, batch: Batch, z0: Tensor, source: Tensor | None) -> Tensor:
         """The latents that the step noises and the UNet is to find, in place of ``z0``; a term that changes them says so here."""
         return z0

@@ -163,7 +163,7 @@ def test_words_without_pictures_are_read_as_they_are(run: tuple[LightningCLI, Pa
     batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", "a [ref#1] toy"], descriptions=["a", "b", "c", ""])
     batch = batch._replace(markers=[[], [1], [], [1]], foils=["f", "g", "", "h"])
     assert words(batch) == ["", "b", "a toy", None]
-    assert foils_of(batch) == {1: "g"}  # without pictures or a description nothing tells it from the target
+    assert foils_of(batch, words(batch)) == {1: "g"}  # without pictures or a description nothing tells it from the target
 
 
 def test_words_without_pictures_teach_what_they_said(run: tuple[LightningCLI, Path]) -> None:
