@@ -1,4 +1,4 @@
-"""What makes the toybox's pretrained parts: LightningModules for its VAE and its CLIP; ``pretrain_vlm.py`` has its
+"""What makes the toybox's pretrained parts: LightningModules for its VAE, its decoder and its CLIP; ``pretrain_vlm.py`` has its
 vision-language model's.
 
 A real run starts from published weights and needs none of this. Each module writes a plain ``diffusers`` or ``transformers``
@@ -19,8 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..data.images import pixels
+from ..diffusion import guide
+from ..inversion import Way
 from ..models.encoder import clip_normalised
+from ..models.unet import denoise
 from ..models.weights import locate
+from ..module import MultimodalDiffusion
+from ..pipeline import MultimodalPipeline, join
 from ..prompt import Record
 from .render import draw
 from .tasks import TASKS
@@ -168,6 +173,78 @@ class Records(Dataset[Record]):
         return TASKS[str(rng.choice(list(self.tasks), p=share / share.sum()))](rng, False)
 
 
+class RecordPretraining(Pretraining):
+    """Trains on records of some ``tasks``, whose tensors are made in the step."""
+
+    tasks: dict[str, float]
+
+    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
+        return batch
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
+        return DataLoader(records, self.batch_size, collate_fn=list)
+
+
+class DecoderPretraining(RecordPretraining):
+    """A VAE's decoder learns from latents that a trained base drew: noised to a place on the sampler's way and taken back under the
+    caption, a picture's latents carry the base's own errors, and are to decode to the picture all the same. The encoder, and with it every
+    latent that the base knows, stays as it is.
+
+    Args:
+        base: whose VAE it is, with the sampler that it is to be drawn with; all of it frozen.
+        first: the noisiest place on the sampler's way that latents are noised to; before it not the base's errors but its choices count.
+        plain: pictures a step whose latents are left as the encoder makes them.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        base: MultimodalDiffusion,
+        first: int = 4,
+        plain: int = 8,
+        lr: float = 5e-4,
+        batch_size: int = 16,
+        warmup: int = 30,
+        seed: int = 0,
+        ema: float = 0.99,
+    ) -> None:
+        super().__init__(out, lr, batch_size, warmup, seed, ema)
+        self.base, self.first, self.plain, self.tasks = base, first, plain, {"caption": 1.0}
+
+    def configure_model(self) -> None:
+        self.base.configure_model()
+        self.base.requires_grad_(False).eval()
+        self.pipeline = MultimodalPipeline.of(self.base)
+        self.net = self.base.codec.vae
+        for part in (self.net.decoder, self.net.post_quant_conv):
+            part.requires_grad_(True)
+
+    def training_step(self, records: list[Record], batch_idx: int) -> Tensor:
+        target = torch.stack([pixels(r.target) for r in records if r.target is not None])
+        z_0 = self.base.codec.encode(target)
+        shown = torch.cat([self.drawn([r.instruction for r in records], z_0), z_0[: self.plain]])
+        wanted = torch.cat([target, target[: self.plain]])
+        out = self.base.codec.reconstruct(shown)
+        absolute = (out - wanted).abs().mean((1, 2, 3))
+        self.log_dict({"loss/drawn": absolute[: len(z_0)].mean(), "loss/plain": absolute[len(z_0) :].mean()}, prog_bar=True)
+        return F.mse_loss(out, wanted) + 0.5 * absolute.mean()
+
+    @torch.no_grad()
+    def drawn(self, captions: list[str], z_0: Tensor) -> Tensor:
+        """Latents [b, c, h, w] noised to a place on the sampler's way, at random from ``first`` on, and taken back from there."""
+        encode, sampler = self.pipeline.encode, self.pipeline.sampler
+        way = Way.of(self.pipeline.scheduler, sampler.steps)
+        condition = join(encode([""], [[]], []), encode(captions, [[] for _ in captions], []))
+        place = int(torch.randint(self.first, sampler.steps, ()))
+        z, side = way.mixed(z_0, torch.randn_like(z_0), place), z_0.shape[-1] * self.base.codec.factor
+        for i in range(place, sampler.steps):
+            timesteps = torch.full((2 * len(z),), way.timesteps[i], device=z.device)
+            predictions = denoise(self.base.unet, torch.cat([z, z]), timesteps, condition, (side, side), None)
+            z = way.step(guide(*predictions.chunk(2), scale=sampler.guidance_scale), z, i)
+        return z
+
+
 def build_tokenizer(vocab_size: int, special: tuple[str, ...], frame: bool = False, seed: int = 0) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer learned from the toybox's own texts; any text can be spelt.
 
@@ -193,29 +270,21 @@ def build_tokenizer(vocab_size: int, special: tuple[str, ...], frame: bool = Fal
     return PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=list(special[4:]), **names)
 
 
-class RecordPretraining(Pretraining):
-    """Trains on records, whose tensors are made in the step, and saves the tokenizer beside the weights."""
+class TextPretraining(RecordPretraining):
+    """Has a tokenizer, which is saved beside the weights."""
 
     tokenizer: PreTrainedTokenizerFast
-    tasks: dict[str, float]
 
     def token_ids(self) -> dict[str, int]:
         """The special tokens' ids, as a text configuration takes them."""
         return {f"{n}_token_id": getattr(self.tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
 
-    def transfer_batch_to_device(self, batch: list[Record], device: torch.device, dataloader_idx: int) -> list[Record]:
-        return batch
-
     def on_fit_end(self) -> None:
         self.tokenizer.save_pretrained(self.out)
         super().on_fit_end()
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
-        return DataLoader(records, self.batch_size, collate_fn=list)
 
-
-class CLIPPretraining(RecordPretraining):
+class CLIPPretraining(TextPretraining):
     """A small CLIP on (picture, caption), with the contrastive loss of Radford et al. 2021."""
 
     def __init__(

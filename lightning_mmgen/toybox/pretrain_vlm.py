@@ -17,7 +17,7 @@ from ..models.encoder import Prompts
 from ..models.idefics2 import Idefics2Encoder
 from ..models.weights import locate
 from ..prompt import Record
-from .pretrain import RecordPretraining, build_tokenizer
+from .pretrain import TextPretraining, build_tokenizer
 from .render import toy_rgb
 from .world import NAMES, STYLES, TRAITS, Toy
 
@@ -26,7 +26,7 @@ KINDS = [*NAMES.values(), STYLES]  # what a toy's picture shows, by name
 FACTS = [*map(len, KINDS), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
 
 
-class VLMPretraining(RecordPretraining):
+class VLMPretraining(TextPretraining):
     """An Idefics2-shaped VLM without perceiver: the language loss on answers about pictures and on captions, and a loss that has every
     single token of a toy's picture say what the toy is (:meth:`telling`).
 

@@ -10,6 +10,7 @@ import yaml
 from diffusers import AutoencoderKL
 
 from lightning_mmgen.batch import pack
+from lightning_mmgen.cli import main
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.toybox.pretrain import Pictures, whiten
@@ -127,3 +128,39 @@ def test_steps_between_those_with_the_language_loss_see_toys_alone(settings: dic
     torch.testing.assert_close(spoken, between + logged["loss/language"], rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="nothing to learn without noise and toys alone"):
         VLMPretraining(**settings | {"language_every": 2, "noise": 0.0})
+
+
+DECODER = Path(__file__).parents[2] / "experiments/toybox/decoder.yaml"
+
+
+def test_latents_are_drawn_as_the_sampler_draws_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = main(["-c", str(DECODER), "--model.init_args.first=7"], run=False).model
+    training.configure_model()
+    captions = ["a red striped star in the centre on a white background", "a blue solid ring at the top on a pink background"]
+    z_0 = torch.randn(2, 16, 8, 8)
+    torch.manual_seed(3)
+    drawn = training.drawn(captions, z_0)
+    torch.manual_seed(3)
+    place, noise = int(torch.randint(7, 10, ())), torch.randn_like(z_0)
+    pipeline = training.pipeline
+    pipeline.scheduler.set_timesteps(10)
+    assert place < 9  # more than one step is left
+    condition = pipeline.encode(captions, [[], []], [])
+    empty = pipeline.encode(["", ""], [[], []], [])
+    z = pipeline.scheduler.add_noise(z_0, noise, pipeline.scheduler.timesteps[place].expand(2))
+    for t in pipeline.scheduler.timesteps[place:]:
+        with torch.no_grad():
+            given, none = (training.base(z, t.expand(2), c, (64, 64)) for c in (condition, empty))
+        z = pipeline.scheduler.step(none + 2.0 * (given - none), t, z).prev_sample
+    torch.testing.assert_close(drawn, z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_learns_and_its_encoder_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--trainer.max_steps=2", "--model.init_args.batch_size=2", "--model.init_args.plain=1", "--trainer.enable_progress_bar=false"]
+    main(["fit", "-c", str(DECODER), *few])
+    before = AutoencoderKL.from_pretrained(TOYBOX / "vae", torch_dtype=torch.float32).state_dict()
+    after = AutoencoderKL.from_pretrained("runs/toybox/decoder", torch_dtype=torch.float32).state_dict()
+    moved = {name.split(".")[0] for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved == {"decoder", "post_quant_conv"}
