@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image as PILImage
 from PIL import ImageOps
 from PIL.Image import Image
@@ -21,6 +23,9 @@ from .recipe import Recipe
 from .sources import Source
 from .streams import Stream
 
+AUGMENTATIONS = ("crop", "flip", "noise", "grey")
+"""MUMU's."""
+
 
 @dataclass(frozen=True)
 class Cropping:
@@ -31,6 +36,7 @@ class Cropping:
         people_first: people before anything else (stage 2 has one crop, of a person).
         head_share: of crops of people whose head is known, the share that becomes the head.
         augmented_share: of all crops, the share that :func:`augment` changes.
+        augmentations: its kinds; ``light`` is ours, beside the paper's four.
         control_share: of all prompts, the share with a picture of the whole target's layout.
         controls: its kinds, each as likely as the others: ``edge``, ``depth``, ``sketch``.
         control_text: how the prompt speaks of it; the paper does not say.
@@ -41,6 +47,7 @@ class Cropping:
     people_first: bool = False
     head_share: float = 0.7
     augmented_share: float = 0.2
+    augmentations: tuple[str, ...] = AUGMENTATIONS
     control_share: float = 0.3
     controls: tuple[str, ...] = CONTROLS
     control_text: str = "{instruction}, in the layout of the {marker} {kind}"
@@ -52,8 +59,11 @@ class Cropping:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
         if self.crops_per_prompt < 0:
             raise ValueError(f"crops_per_prompt must be 0 or more, not {self.crops_per_prompt}")
-        if unknown := sorted(set(self.controls) - set(CONTROLS)):
-            raise ValueError(f"controls has {unknown[0]!r}; there are {', '.join(CONTROLS)}")
+        for name, known in (("controls", CONTROLS), ("augmentations", (*AUGMENTATIONS, "light"))):
+            if unknown := sorted(set(getattr(self, name)) - set(known)):
+                raise ValueError(f"{name} has {unknown[0]!r}; there are {', '.join(known)}")
+        if self.augmented_share and not self.augmentations:
+            raise ValueError("augmented_share must be 0 where there are no augmentations")
 
 
 class CropRecipe(Recipe):
@@ -86,7 +96,7 @@ class CropRecipe(Recipe):
             text = f"{text[:at]}[ref#{k}] {text[at:]}"
             picture = self.cut(target, box, root)
             if rng.random() < self.cropping.augmented_share:
-                picture = augment(picture, rng)
+                picture = augment(picture, rng, self.cropping.augmentations)
             references.insert(0, Reference(k, picture, box.phrase, "crop"))
         if rng.random() < self.cropping.control_share:
             kind, picture = self.control(record, target, root, rng)
@@ -188,28 +198,48 @@ def _inside(head: Box, person: Box) -> bool:
     return person.left <= x <= person.right and person.top <= y <= person.bottom
 
 
-def augment(picture: Image, rng: np.random.Generator, smallest: float = 0.7, noise: float = 0.1) -> Image:
-    """Random crop, flip, Gaussian noise, grayscale (MUMU, section 5): each with an even chance, at least one of them. Neither the
-    chances nor the strengths are in the paper.
+def augment(
+    picture: Image, rng: np.random.Generator, kinds: Sequence[str] = AUGMENTATIONS, smallest: float = 0.7, noise: float = 0.1
+) -> Image:
+    """Random ``crop``, ``flip``, Gaussian ``noise``, ``grey`` (MUMU, section 5), ``light`` (ours, :func:`relit`): each of the kinds with an
+    even chance, at least one of them. Neither the chances nor the strengths are in the paper.
 
     Args:
+        kinds: which of them there are.
         smallest: of the crop, the least share of each side.
         noise: its largest standard deviation, over the range of a pixel.
     """
-    crop, flip, noisy, grey = draw = rng.random(4) < 0.5
+    draw = rng.random(len(kinds)) < 0.5
     if not draw.any():
-        crop, flip, noisy, grey = np.arange(4) == rng.integers(4)
-    if crop:
+        draw = np.arange(len(kinds)) == rng.integers(len(kinds))
+    drawn = {kind for kind, on in zip(kinds, draw, strict=True) if on}
+    if "crop" in drawn:
         w, h = (max(int(side * rng.uniform(smallest, 1)), 1) for side in picture.size)
         left, top = (int(rng.integers(whole - part + 1)) for whole, part in zip(picture.size, (w, h), strict=True))
         picture = picture.crop((left, top, left + w, top + h))
-    if flip:
+    if "flip" in drawn:
         picture = ImageOps.mirror(picture)
-    if noisy:
+    if "light" in drawn:
+        picture = relit(picture, rng)
+    if "noise" in drawn:
         pixels = np.asarray(picture, np.float64)
-        pixels = pixels + rng.normal(0, 255 * rng.uniform(0, noise), pixels.shape)
-        picture = PILImage.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
-    return picture.convert("L").convert("RGB") if grey else picture
+        picture = _picture(pixels + rng.normal(0, 255 * rng.uniform(0, noise), pixels.shape))
+    return picture.convert("L").convert("RGB") if "grey" in drawn else picture
+
+
+def relit(picture: Image, rng: np.random.Generator, darkest: float = 0.5, brightest: float = 1.25, haze: float = 0.5) -> Image:
+    """Under another light: a gain that changes along one direction from one number between ``darkest`` and ``brightest`` to another, and
+    then, for one picture in two, up to a share ``haze`` of white."""
+    pixels, angle = np.asarray(picture, np.float64), rng.uniform(0, 2 * np.pi)
+    y, x = (np.arange(side) / max(side - 1, 1) - 0.5 for side in pixels.shape[:2])
+    across = 0.5 + (np.cos(angle) * x + np.sin(angle) * y[:, None]) / (abs(np.cos(angle)) + abs(np.sin(angle)))  # 0 to 1
+    first, last = rng.uniform(darkest, brightest, 2)
+    veil = rng.uniform(0, haze) if rng.random() < 0.5 else 0.0
+    return _picture(pixels * (first + (last - first) * across)[..., None] * (1 - veil) + 255 * veil)
+
+
+def _picture(pixels: NDArray[np.float64]) -> Image:
+    return PILImage.fromarray(np.clip(pixels + 0.5, 0, 255).astype(np.uint8))
 
 
 class Repeated(Source):
@@ -250,7 +280,8 @@ class CropDataModule(MultimodalDataModule):
 
     Args:
         train, held_out: sources, or paths of them; ``toybox`` is the embedded world.
-        crops_per_prompt, people_first, head_share, augmented_share, control_share, controls, segmented: see :class:`Cropping`.
+        crops_per_prompt, people_first, head_share, augmented_share, augmentations, control_share, controls, segmented: see
+            :class:`Cropping`.
         depth_model: hub name or folder of a depth model; it makes the depth pictures that records lack, on the CPU of a loader process.
         person_weight: how often a picture of people is drawn in an epoch; the paper's bias towards them, of unknown size.
         settings: of :class:`~lightning_mmgen.data.datamodule.MultimodalDataModule`.
@@ -268,6 +299,7 @@ class CropDataModule(MultimodalDataModule):
         people_first: bool = False,
         head_share: float = 0.7,
         augmented_share: float = 0.2,
+        augmentations: tuple[str, ...] = AUGMENTATIONS,
         control_share: float = 0.3,
         controls: tuple[str, ...] = CONTROLS,
         segmented: bool = False,
@@ -276,7 +308,9 @@ class CropDataModule(MultimodalDataModule):
         **settings: Any,
     ) -> None:
         super().__init__(train, held_out, **settings)
-        self.cropping = Cropping(crops_per_prompt, people_first, head_share, augmented_share, control_share, controls, segmented=segmented)
+        self.cropping = Cropping(
+            crops_per_prompt, people_first, head_share, augmented_share, augmentations, control_share, controls, segmented=segmented
+        )
         self.depth_model, self.person_weight = depth_model, person_weight
         if person_weight != 1:
             if isinstance(self.train, Stream):

@@ -176,6 +176,31 @@ def test_noise_has_the_strength_that_it_says() -> None:
     assert 0.09 < max(noisy) < 0.102 and abs(np.mean(noisy) - 0.05) < 0.01
 
 
+def test_light_scales_all_channels_alike_along_one_direction_and_hazes_half() -> None:
+    picture, hazy = PILImage.new("RGB", (24, 16), (100, 60, 40)), 0
+    for i in range(400):
+        out = np.asarray(augment(picture, np.random.default_rng(i), kinds=["light"])).astype(float)
+        gains = (out[..., 0] - out[..., 1]) / 40  # a haze of white takes its share of this difference, and adds to all
+        assert np.abs((out[..., 1] - out[..., 2]) / 20 - gains).max() < 0.11  # rounding
+        veil = (out[..., 0] - 100 * gains).mean() / 255
+        assert -0.02 < veil < 0.52 and gains.min() > 0.24 and gains.max() < 1.27
+        hazy += veil > 0.02
+        steps = np.diff(out[..., 0], axis=0)
+        assert (np.ptp(steps, axis=1) <= 2).all()  # the ramp is straight: each row is as far from the next everywhere
+    assert abs(hazy / 400 - 0.48) < 0.1
+
+
+def test_kinds_of_augmentation_are_a_field() -> None:
+    made = recipe(Cropping(augmented_share=1.0, augmentations=("flip",), head_share=0, control_share=0))
+    out, plain = (r.compose(record(), None, np.random.default_rng(0)) for r in (made, recipe(PLAIN)))
+    for flipped, whole in zip(out.references, plain.references, strict=True):
+        assert np.array_equal(np.asarray(flipped.image), np.asarray(whole.image)[:, ::-1])
+    with pytest.raises(ValueError, match="augmentations has 'blur'; there are crop, flip, noise, grey, light"):
+        Cropping(augmentations=("crop", "blur"))
+    with pytest.raises(ValueError, match="augmented_share must be 0 where there are no augmentations"):
+        Cropping(augmentations=())
+
+
 # -- data module -----------------------------------------------------------------------------------------------------------------
 
 
