@@ -4,7 +4,8 @@
 
 The oracle rates held-out captions' own pictures that went through the VAE alone, and what the shipped base draws for the captions (10
 steps, guidance 2): SC, PQ and O as Instruct-Imagen has them, the share of pictures that meet all conditions, and the median of what a
-rendering of the oracle's reading leaves unexplained. With ``--vae``, for another decoder beside the shipped one (``experiments/toybox/decoder.yaml``).
+rendering of the oracle's reading leaves unexplained. With ``--vae``, another decoder beside the shipped one
+(``experiments/toybox/decoder.yaml``).
 """
 
 from __future__ import annotations
