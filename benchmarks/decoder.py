@@ -25,15 +25,16 @@ from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.metrics.following import toybox_rating, unexplained
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record
-from lightning_mmgen.toybox.oracle import read, score
+from lightning_mmgen.toybox.oracle import judge, read_all
 
 
 def row(name: str, pictures: list[NDArray[np.uint8]], records: list[Record]) -> str:
     """What the oracle says of pictures [64, 64, 3]."""
     truths = [record.extra["truth"] for record in records]
     rated = overall([toybox_rating(p, truth) for p, truth in zip(pictures, truths, strict=True)])
-    strict = np.mean([score(p, truth).strict for p, truth in zip(pictures, truths, strict=True)])
-    left = np.median([unexplained(p, read(p)) for p in pictures])
+    readings = read_all(np.stack(pictures))
+    strict = np.mean([judge(seen, truth).strict for seen, truth in zip(readings, truths, strict=True)])
+    left = np.median([unexplained(p, seen) for p, seen in zip(pictures, readings, strict=True)])
     return f"{name:<28}{rated.sc:>8.3f}{rated.pq:>8.3f}{rated.o:>8.3f}{strict:>16.3f}{left:>14.3f}"
 
 

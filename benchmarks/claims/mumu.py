@@ -189,20 +189,19 @@ def base(job: Job) -> Scores:
 def stage_1(job: Job) -> Scores:
     module = fit(job, ["mumu_stage1.yaml", "overlays/toybox.yaml"], RUNS[job.name])
     pipeline = MultimodalPipeline.of(module)
-    out = following(pipeline, crops(job.count), job.seed, "crops")
+    out, prompts = following(pipeline, crops(job.count), job.seed, "crops"), composed(job.count)
     if job.name == "stage 1":
         out |= following(pipeline, captions(job.count), job.seed, "captions")
-        out |= following(pipeline, (prompts := composed(job.count)), job.seed, "composed")
         shown = prompts[:16]
         grid(shown, None, sample(pipeline, shown, seed=job.seed, side=64), cell=96, columns=2).save(job.folder / "composed.png")
         out |= bleeding(pipeline, crops(job.count, toys=2), job.seed)
         out |= conditions(pipeline, styles(job.count), job.seed, style=is_style)
         out |= conditions(pipeline, styles(job.count, blank=True), job.seed, **{"style of nothing": is_style})
         out |= following(pipeline, crops(job.count, toys=1, per_prompt=1), job.seed, "one crop")
+    if job.name in ("stage 1", "light"):
+        out |= following(pipeline, prompts, job.seed, "composed")
     if job.name in ("stage 1", "no augmentation", "light"):
-        out |= pasting(pipeline, composed(job.count), job.seed)
-    if job.name == "light":
-        out |= following(pipeline, composed(job.count), job.seed, "composed")
+        out |= pasting(pipeline, prompts, job.seed)
     return out
 
 
