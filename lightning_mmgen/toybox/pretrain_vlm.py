@@ -1,9 +1,11 @@
-"""What makes the toybox's vision-language model: the language loss, and a loss that has every token of a picture say what it shows."""
+"""What makes the toybox's vision-language model: the language loss, and a loss that has every token of a toy say what it is."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,24 +20,36 @@ from ..models.idefics2 import Idefics2Encoder
 from ..models.weights import locate
 from ..prompt import Record
 from .pretrain import TextPretraining, build_tokenizer
-from .render import toy_rgb
+from .render import SIDE, toy_rgb
+from .tasks import boxes
 from .world import NAMES, STYLES, TRAITS, Toy
 
 PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
+SCENES = ("question",)  # and those whose pictures show a whole scene
 KINDS = [*NAMES.values(), STYLES]  # what a toy's picture shows, by name
 FACTS = [*map(len, KINDS), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
 
 
+class Shown(NamedTuple):
+    """Tokens [n, d] of pictures, which toy each of them shows [n], the toys, and the styles of their pictures."""
+
+    tokens: Tensor
+    which: Tensor
+    toys: list[Toy]
+    styles: list[str]
+
+
 class VLMPretraining(TextPretraining):
     """An Idefics2-shaped VLM without perceiver: the language loss on answers about pictures and on captions, and a loss that has every
-    single token of a toy's picture say what the toy is (:meth:`telling`).
+    single token of a toy, alone on its picture or in a whole scene, say what the toy is (:meth:`telling`).
 
     Args:
         reference_sizes: sides in pixels, one drawn at random for a batch, of pictures that show one toy alone.
+        scene_sizes: the same of pictures that show a whole scene.
         noise: standard deviation of the noise through which a token must say it, its own being 1; 0 leaves that loss out.
         emphasis: factors of single traits' errors in that loss, by the trait's name; 1 where none is given.
         train_language: train the language model too, not the vision tower and the projector alone.
-        language_every: steps from one with the language loss to the next; those between see nothing but toys alone, at a third of the time.
+        language_every: steps from one with the language loss to the next; those between see pictures alone, at a third of the time.
         start: the folder of a VLM to go on from with its tokenizer, instead of a new one.
     """
 
@@ -46,6 +60,7 @@ class VLMPretraining(TextPretraining):
         text: dict[str, int],
         tasks: dict[str, float],
         reference_sizes: tuple[int, ...] = (40,),
+        scene_sizes: tuple[int, ...] = (SIDE,),
         lr: float = 1e-3,
         batch_size: int = 32,
         warmup: int = 100,
@@ -60,9 +75,10 @@ class VLMPretraining(TextPretraining):
         super().__init__(out, lr, batch_size, warmup, seed, ema)
         from transformers import Idefics2Config, Idefics2ForConditionalGeneration
 
-        if language_every > 1 and not (noise and set(tasks) & set(PORTRAITS)):
-            raise ValueError("VLMPretraining: between steps with the language loss there is nothing to learn without noise and toys alone")
-        self.tasks, self.reference_sizes, self.language_every = tasks, reference_sizes, language_every
+        if language_every > 1 and not (noise and set(tasks) & {*PORTRAITS, *SCENES}):
+            raise ValueError("VLMPretraining: between steps with the language loss there is nothing to learn without noise and pictures")
+        self.tasks, self.language_every = tasks, language_every
+        self.sizes = dict.fromkeys(PORTRAITS, tuple(reference_sizes)) | dict.fromkeys(SCENES, tuple(scene_sizes))
         special = ("<unk>", "<s>", "</s>", "<pad>", "<image>", "<fake_token_around_image>", "<end_of_utterance>")
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(locate(start)) if start else build_tokenizer(text["vocab_size"], special)
         width = text["hidden_size"]
@@ -103,22 +119,24 @@ class VLMPretraining(TextPretraining):
 
     def training_step(self, records: list[Record], batch_idx: int) -> Tensor | None:
         speaks = batch_idx % self.language_every == 0
-        records = records if speaks else [r for r in records if r.task in PORTRAITS]
+        records = records if speaks else [r for r in records if r.task in self.sizes]
         if not records:
             return None
         texts, answers = [r.prompt().instruction for r in records], [r.answer for r in records]
         full = [t + (f" {answer}</s>" if answer else "</s>") for t, answer in zip(texts, answers, strict=True)]
         markers = [[ref.marker for ref in r.references] for r in records]
-        side = self.reference_sizes[int(torch.randint(len(self.reference_sizes), ()))]
-        references = pack([[pixels(ref.image, side if r.task in PORTRAITS else None) for ref in r.references] for r in records])
+        drawn = {sizes: sizes[int(torch.randint(len(sizes), ()))] for sizes in dict.fromkeys(self.sizes.values())}
+        sides = [drawn.get(self.sizes.get(r.task, ())) for r in records]
+        references = pack([[pixels(ref.image, side) for ref in r.references] for r, side in zip(records, sides, strict=True)])
         prompts = self.encoder.embed(full, markers, references)
         losses = {}
         if speaks:
             begun = [text if answer else "" for text, answer in zip(texts, answers, strict=True)]
             told = following(self.encoder, prompts, begun, markers, references)
             losses["loss/language"] = self.language(prompts, told, [answer is not None for answer in answers])
-        if self.noise and (shown := toys_shown(records, prompts)):
-            losses["loss/telling"] = self.telling(*shown)
+        for name, shown in (("telling", toys_alone(records, prompts)), ("telling_scenes", toys_in_scenes(records, prompts))):
+            if self.noise and shown:
+                losses[f"loss/{name}"] = self.telling(shown)
         self.log_dict(losses, prog_bar=True)
         return torch.stack(list(losses.values())).sum()
 
@@ -131,33 +149,58 @@ class VLMPretraining(TextPretraining):
         self.log("accuracy/tokens", right[counted].float().mean(), prog_bar=True)
         return language_loss(logits, prompts.tokens, told)
 
-    def telling(self, tokens: Tensor, toys: list[Toy], styles: list[str]) -> Tensor:
-        """How badly one linear layer tells a toy and its picture's style from any one of the picture's tokens [toys, patches, d], with
-        noise on it: the cross-entropy of three names and of the style, and the squared error of each measure (:func:`measures`)."""
-        told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [toys, patches, choices]
+    def telling(self, shown: Shown) -> Tensor:
+        """How badly one linear layer tells a toy and its picture's style from any single one of its tokens, with noise on it: the
+        cross-entropy of three names and of the style, and the squared error of each measure (:func:`measures`)."""
+        tokens, which, toys, styles = shown
+        told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [n, choices]
         loss = tokens.new_zeros(())
         named = [[getattr(toy, name) for toy in toys] for name in NAMES] + [styles]
         for names, kinds, choices in zip(named, KINDS, told[:-1], strict=True):
             right = torch.tensor([kinds.index(name) for name in names], device=tokens.device)
-            loss = loss + F.cross_entropy(choices.movedim(-1, 1), right[:, None].expand(choices.shape[:2]))
-        wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[:, None].expand_as(told[-1])
+            loss = loss + F.cross_entropy(choices, right[which])
+        wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[which]
         has = wanted.isfinite()
-        errors = ((told[-1] - wanted.nan_to_num()).square() * has).sum((0, 1)) / has.sum((0, 1)).clamp(min=1)
+        errors = ((told[-1] - wanted.nan_to_num()).square() * has).sum(0) / has.sum(0).clamp(min=1)
         return loss + (self.factors * errors).sum()
 
 
-def toys_shown(records: list[Record], prompts: Prompts) -> tuple[Tensor, list[Toy], list[str]] | None:
-    """The tokens [toys, patches, d] of all pictures that show one toy alone, the toys, and the pictures' styles."""
-    shown = [
-        (prompts.inputs[b, span.start : span.end], placed.toy, record.extra["truth"].scene.style)
-        for b, record in enumerate(records)
-        if record.task in PORTRAITS
-        for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
-    ]
-    if not shown:
+def toys_alone(records: list[Record], prompts: Prompts) -> Shown | None:
+    """All tokens of the pictures that show one toy alone; None without any."""
+    return _shown(
+        [
+            (prompts.inputs[b, span.start : span.end], placed.toy, record.extra["truth"].scene.style)
+            for b, record in enumerate(records)
+            if record.task in PORTRAITS
+            for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
+        ]
+    )
+
+
+def toys_in_scenes(records: list[Record], prompts: Prompts) -> Shown | None:
+    """Of pictures of whole scenes the tokens whose patches' centres lie in a toy's box or up to a pixel off; None without any."""
+    shown = []
+    for b, record in enumerate(records):
+        if record.task not in SCENES:
+            continue
+        scene, (span,) = record.extra["truth"].scene, prompts.spans[b]
+        tokens = prompts.inputs[b, span.start : span.end]
+        patches = math.isqrt(len(tokens))  # on a side
+        centres = (np.arange(patches) + 0.5) * SIDE / patches
+        for placed, box in zip(scene.toys, boxes(scene), strict=True):
+            across = (centres > box.left - 1) & (centres < box.right + 1)
+            down = (centres > box.top - 1) & (centres < box.bottom + 1)
+            shown.append((tokens[np.flatnonzero(np.outer(down, across))], placed.toy, scene.style))
+    return _shown(shown)
+
+
+def _shown(pictures: list[tuple[Tensor, Toy, str]]) -> Shown | None:
+    """Each one's tokens, what they show, and in which style."""
+    if not pictures:
         return None
-    tokens, toys, styles = zip(*shown, strict=True)
-    return torch.stack(tokens), list(toys), list(styles)
+    tokens, toys, styles = zip(*pictures, strict=True)
+    counts = torch.tensor([len(own) for own in tokens])
+    return Shown(torch.cat(tokens), torch.arange(len(toys)).repeat_interleave(counts), list(toys), list(styles))
 
 
 def measures(toy: Toy) -> list[float]:

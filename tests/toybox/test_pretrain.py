@@ -14,8 +14,8 @@ from lightning_mmgen.cli import main
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.toybox.pretrain import Pictures, whiten
-from lightning_mmgen.toybox.pretrain_vlm import FACTS, VLMPretraining, toys_shown
-from lightning_mmgen.toybox.tasks import TASKS
+from lightning_mmgen.toybox.pretrain_vlm import FACTS, Shown, VLMPretraining, toys_alone, toys_in_scenes
+from lightning_mmgen.toybox.tasks import TASKS, boxes
 from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, Toy
 
 
@@ -70,6 +70,7 @@ def test_telling_is_the_plain_sum_of_its_terms(settings: dict[str, Any]) -> None
         [-1.0, None, None, 1.0, 0.0, 0.9 - 1.615 / 3, -0.715, 0.9],
     ]
     tokens, vlm.noise = torch.randn(2, 3, vlm.facts.in_features), 0.0
+    which = torch.tensor([0, 0, 0, 1, 1, 1])
     expected: Any = 0.0
     squares: list[list[Any]] = [[] for _ in range(8)]
     styles = ["pastel", "flat"]
@@ -83,9 +84,10 @@ def test_telling_is_the_plain_sum_of_its_terms(settings: dict[str, Any]) -> None
             for k, (value, number) in enumerate(zip(values, numbers, strict=True)):
                 squares[k] += [] if number is None else [(value - number) ** 2]
     means = [torch.stack(square).mean() for square in squares]
-    torch.testing.assert_close(vlm.telling(tokens, toys, styles), expected + 6 * means[0] + sum(means[1:]))
+    shown = Shown(tokens.flatten(0, 1), which, toys, styles)
+    torch.testing.assert_close(vlm.telling(shown), expected + 6 * means[0] + sum(means[1:]))
     vlm.noise = 1.0
-    assert vlm.telling(tokens, toys, styles) != vlm.telling(tokens, toys, styles)
+    assert vlm.telling(shown) != vlm.telling(shown)
 
 
 def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
@@ -95,13 +97,45 @@ def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
     pictures = [[pixels(ref.image, side) for ref in r.references] for r in records]
     markers = [[reference.marker for reference in r.references] for r in records]
     prompts = vlm.encoder.embed([r.prompt().instruction for r in records], markers, pack(pictures))
-    shown = toys_shown(records, prompts)
+    shown = toys_alone(records, prompts)
     assert shown is not None
     portraits = [p for r, row in zip(records, pictures, strict=True) if r.task in ("naming", "measuring") for p in row]
-    torch.testing.assert_close(shown[0], vlm.encoder.embed_images(torch.stack(portraits)))
-    assert shown[1] == [p.toy for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
-    assert shown[2] == [records[i].extra["truth"].scene.style for i in (1, 3) for _ in records[i].references]
-    assert toys_shown(records[:1], prompts) is None
+    torch.testing.assert_close(shown.tokens, vlm.encoder.embed_images(torch.stack(portraits)).flatten(0, 1))
+    assert shown.which.tolist() == [k for k in range(len(portraits)) for _ in range(25)]
+    assert shown.toys == [p.toy for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
+    assert shown.styles == [records[i].extra["truth"].scene.style for i in (1, 3) for _ in records[i].references]
+    assert toys_alone([records[0], records[2]], prompts) is None
+
+
+def test_tokens_of_a_whole_scene_are_told_where_its_toys_are(vlm: VLMPretraining) -> None:
+    rng = np.random.default_rng(1)
+    records = [TASKS[task](rng, False) for task in ("naming", "question", "question")]
+    pictures = [[pixels(ref.image, 64) for ref in r.references] for r in records]
+    markers = [[reference.marker for reference in r.references] for r in records]
+    prompts = vlm.encoder.embed([r.prompt().instruction for r in records], markers, pack(pictures))
+    shown = toys_in_scenes(records, prompts)
+    assert shown is not None
+    scenes = [r.extra["truth"].scene for r in records[1:]]
+    assert shown.toys == [p.toy for scene in scenes for p in scene.toys]
+    assert shown.styles == [scene.style for scene in scenes for _ in scene.toys]
+    grids = [vlm.encoder.embed_images(row[0][None])[0].unflatten(0, (8, 8)) for row in pictures[1:]]
+    at = 0
+    for grid, scene, record in zip(grids, scenes, records[1:], strict=True):
+        for box in boxes(scene):
+            inside = [
+                (r, c) for r in range(8) for c in range(8) if abs(8 * r + 4 - (box.top + box.bottom) / 2) < (box.bottom - box.top) / 2 + 1
+            ]
+            inside = [
+                (row, column)
+                for row in range(8)
+                for column in range(8)
+                if box.top - 1 < 8 * row + 4 < box.bottom + 1 and box.left - 1 < 8 * column + 4 < box.right + 1
+            ]
+            own = shown.which == at
+            assert own.sum() == len(inside) > 0, record.question
+            torch.testing.assert_close(shown.tokens[own], torch.stack([grid[r, c] for r, c in inside]))
+            at += 1
+    assert at == len(shown.toys) and toys_in_scenes(records[:1], prompts) is None
 
 
 def test_the_language_model_stays_where_only_the_eyes_are_trained(settings: dict[str, Any]) -> None:
@@ -110,23 +144,23 @@ def test_the_language_model_stays_where_only_the_eyes_are_trained(settings: dict
     assert trained == {"vision_model", "connector"}
 
 
-def test_steps_between_those_with_the_language_loss_see_toys_alone(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    vlm = VLMPretraining(**settings | {"language_every": 2, "noise": 1e-6, "reference_sizes": [40]})
+def test_steps_between_those_with_the_language_loss_see_pictures_alone(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = VLMPretraining(**settings | {"language_every": 2, "noise": 1e-6, "reference_sizes": [40], "scene_sizes": [64]})
     logged: dict[str, Any] = {}
     monkeypatch.setattr(vlm, "log_dict", lambda values, **_: logged.update(values))
     monkeypatch.setattr(vlm, "log", lambda *_, **__: None)
     rng = np.random.default_rng(0)
     records = [TASKS[task](rng, False) for task in ("caption", "naming", "question", "measuring")]
     between = vlm.training_step(records, 1)
-    assert between is not None and set(logged) == {"loss/telling"}
-    torch.testing.assert_close(between, vlm.training_step([records[1], records[3]], 3), rtol=1e-4, atol=1e-4)
+    assert between is not None and set(logged) == {"loss/telling", "loss/telling_scenes"}
+    torch.testing.assert_close(between, vlm.training_step(records[1:], 3), rtol=1e-4, atol=1e-4)
     between.backward()
     assert all(p.grad is None for p in vlm.net.lm_head.parameters()) and vlm.facts.weight.grad is not None
-    assert vlm.training_step(records[:1], 1) is None  # no toy alone
+    assert vlm.training_step(records[:1], 1) is None  # no picture
     spoken = vlm.training_step(records, 2)
-    assert spoken is not None and set(logged) == {"loss/telling", "loss/language"}
+    assert spoken is not None and set(logged) == {"loss/telling", "loss/telling_scenes", "loss/language"}
     torch.testing.assert_close(spoken, between + logged["loss/language"], rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="nothing to learn without noise and toys alone"):
+    with pytest.raises(ValueError, match="nothing to learn without noise and pictures"):
         VLMPretraining(**settings | {"language_every": 2, "noise": 0.0})
 
 
