@@ -37,9 +37,10 @@ class CaptionTeacher(LossTerm):
     teacher reads it too, and what tells its outputs from those of the description is the one direction in which details count:
     details mean_l a(f_l, f_l,T, f_l,foil), the error along it (:func:`~lightning_mmgen.losses.error_along`; our choice).
 
-    What the descriptions leave out is learned from the targets, by L_0. A prompt without pictures, or whose pictures were dropped, the
-    teacher reads as it is, so that words go on being read as they were (learning without forgetting, Li & Hoiem 2016, section 3); one with
-    pictures but no description adds nothing. A step costs one more forward pass without gradients, through which samples with foils go
+    What the descriptions leave out is learned from the targets, by L_0. Of a prompt without pictures, or whose pictures were dropped, the
+    teacher reads the caption alone where the prompt holds it (an instruction's other words are for the student to learn), else all as it
+    is, so that words go on being read as they were (learning without forgetting, Li & Hoiem 2016, section 3); a prompt with pictures but
+    no description adds nothing. A step costs one more forward pass without gradients, through which samples with foils go
     twice. The teacher's weights are part of the checkpoint.
 
     Args:
@@ -131,11 +132,12 @@ def in_words(batch: Batch, rows: list[int], texts: Sequence[str | None]) -> Batc
 
 
 def words(batch: Batch) -> list[str | None]:
-    """What a teacher reads of each sample: the target's description in the place of a prompt with pictures, None where it has none; a
-    prompt without pictures as it is."""
+    """What a teacher reads of each sample: the target's description in the place of a prompt with pictures, None where it has none; the
+    caption that a prompt without pictures puts in words of its own (a template's, say); any other as it is."""
+    captions = [(caption or "").strip().rstrip(".") for caption in batch.captions]
     described = batch.captions if batch.descriptions is None else batch.descriptions
-    rows = zip(described, batch.markers, batch.instructions, strict=True)
-    return [(said or None) if marks else text for said, marks, text in rows]
+    rows = zip(described, captions, batch.markers, batch.instructions, strict=True)
+    return [(said or None) if marks else caption if caption and caption in text else text for said, caption, marks, text in rows]
 
 
 def foils_of(batch: Batch, texts: Sequence[str | None]) -> dict[int, str]:

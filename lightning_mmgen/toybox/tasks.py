@@ -284,15 +284,21 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
 
 
 def retrieval(rng: np.random.Generator, held: bool) -> Record:
-    """Three neighbours as context: scenes that share a toy with the target, with their captions as phrases."""
+    """Three neighbours as context: other pictures of the target's first toy in the target's style, with their captions as phrases.
+    Captions are as the web has them, the target's too: they name that toy wholly, by its shape, or only as a toy, and the style in half
+    of the cases. What a caption leaves out, the context shows."""
     scene = random_scene(rng, held=held)
     toy = scene.toys[0].toy
-    refs = []
-    for k in (1, 2, 3):
-        near = place(rng, (replace(toy, texture=str(rng.choice(TEXTURES))),), style=scene.style)
-        refs.append(Reference(k, picture(near), near.caption(), "neighbour"))
+
+    def said(scene: Scene) -> str:
+        names = [str(rng.choice([toy.words(), toy.shape, "toy"])), *(p.toy.words() for p in scene.toys[1:])]
+        return scene.caption(names, style=bool(rng.random() < 0.5))
+
+    near = [place(rng, (toy,), style=scene.style) for _ in range(3)]
+    refs, told = [Reference(k + 1, picture(other), said(other), "neighbour") for k, other in enumerate(near)], said(scene)
     context = " ".join(f"[ref#{r.marker}] {r.phrase}." for r in refs)
-    return _record("retrieval", f"{context} Generate: {scene.caption()}", scene, refs, Truth(scene, (), True, True))
+    record = _record("retrieval", f"{context} Generate: {told}", scene, refs, Truth(scene, ((0, 1),), True, True), told)
+    return replace(record, caption=told)
 
 
 def question(rng: np.random.Generator, held: bool, kinds: tuple[str, ...] | None = None) -> Record:

@@ -159,6 +159,12 @@ def test_samples_without_a_caption_add_nothing(run: tuple[LightningCLI, Path]) -
     assert gone["taught"] == 0 and gone["taught"].requires_grad
 
 
+def test_a_caption_is_read_without_the_words_that_a_template_puts_around_it(run: tuple[LightningCLI, Path]) -> None:
+    asked = ["Draw this: a toy", "a toy", "Draw a toy", "Draw this: a toy"]
+    batch = a_step(run[0]).batch._replace(instructions=asked, captions=["a toy.", "a toy", "a large toy", ""], descriptions=["all"] * 4)
+    assert words(batch._replace(markers=[[]] * 4)) == ["a toy", "a toy", "Draw a toy", "Draw this: a toy"]
+
+
 def test_words_without_pictures_are_read_as_they_are(run: tuple[LightningCLI, Path]) -> None:
     batch = a_step(run[0]).batch._replace(instructions=["", "[ref#1]", "a toy", "a [ref#1] toy"], descriptions=["a", "b", "c", ""])
     batch = batch._replace(markers=[[], [1], [], [1]], foils=["f", "g", "", "h"])
