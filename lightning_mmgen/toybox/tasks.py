@@ -16,7 +16,7 @@ from PIL.Image import Image
 
 from ..prompt import CONTROLS, EDIT, Box, Picture, Record, Reference
 from .render import SIDE, draw, portrait
-from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, other_view, place, random_scene
+from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, other_view, place, random_scene
 
 REFERENCE_SIDE = 48
 PREFIXES = ("", "", "draw ", "generate an image of ", "a picture of ")
@@ -40,12 +40,21 @@ class Truth:
     place: bool = True
     edited: str | None = None
 
-    def description(self, mirrored: bool = False) -> str:
-        """All of the scene in words, with the measures of the toys that a picture shows, or (``mirrored``) the other ends of their scales;
-        more than the instruction may say."""
+    def description(self) -> str:
+        """All of the scene in words, with the measures of the toys that a picture shows; more than the instruction may say."""
         shown = {toy for toy, _ in self.shown}
-        toys = [placed.toy.mirrored() if mirrored else placed.toy for placed in self.scene.toys]
+        toys = [placed.toy for placed in self.scene.toys]
         return self.scene.caption([toy.words(tuple(toy.measures()) if k in shown else ()) for k, toy in enumerate(toys)])
+
+    def foil(self, pictured: tuple[str, ...] = ()) -> str | None:
+        """The description of a scene that is unlike this one in what only pictures show: the other ends of the scales of the toys shown,
+        and of what else is ``pictured`` the toys' other ``sizes`` and the next ``style``. None where pictures show nothing of this."""
+        if not (self.shown or pictured):
+            return None
+        other = {size: size for size in SIZES} | (dict(zip(SIZES, reversed(SIZES), strict=True)) if "sizes" in pictured else {})
+        toys = tuple(replace(p, toy=p.toy.mirrored(), size=other[p.size]) for p in self.scene.toys)
+        style = STYLES[(STYLES.index(self.scene.style) + ("style" in pictured)) % len(STYLES)]
+        return replace(self, scene=replace(self.scene, toys=toys, style=style)).description()
 
 
 def picture(scene: Scene, side: int = SIDE) -> Image:
@@ -84,13 +93,21 @@ def _glimpses(rng: np.random.Generator, scene: Scene) -> tuple[Scene, list[Image
     return scene, crops
 
 
-def _record(task: str, text: str, scene: Scene, refs: list[Reference], truth: Truth, told: str | None = None, **more: Any) -> Record:
-    """``told``: what the instruction says of the scene in words, if that is not all."""
+def _record(
+    task: str,
+    text: str,
+    scene: Scene,
+    refs: list[Reference],
+    truth: Truth,
+    told: str | None = None,
+    pictured: tuple[str, ...] = (),
+    **more: Any,
+) -> Record:
+    """``told``: what the instruction says of the scene in words, if that is not all; ``pictured``: as of :meth:`Truth.foil`."""
     pixels, masks = draw(scene)
     target, where, words = PILImage.fromarray(pixels), boxes(scene, masks), scene.caption()
-    foil = truth.description(mirrored=True) if truth.shown else None
-    more |= {"description": truth.description(), "foil": foil, "boxes": where, "extra": {"truth": truth, "told": told or words}}
-    return Record(text, tuple(refs), target, words, task=task, **more)
+    more |= {"description": truth.description(), "foil": truth.foil(pictured), "boxes": where}
+    return Record(text, tuple(refs), target, words, task=task, extra={"truth": truth, "told": told or words}, **more)
 
 
 def caption(rng: np.random.Generator, held: bool) -> Record:
@@ -157,7 +174,7 @@ def style(rng: np.random.Generator, held: bool) -> Record:
     other = replace(random_scene(rng), style=scene.style)
     told = scene.caption(style=False)
     text = f"Create an image in [ref#1] style with the caption: {told}"
-    return _record("style", text, scene, [Reference(1, picture(other), "style", "style")], Truth(scene, (), True, True), told)
+    return _record("style", text, scene, [Reference(1, picture(other), "style", "style")], Truth(scene, (), True, True), told, ("style",))
 
 
 def style_transfer(rng: np.random.Generator, held: bool) -> Record:
@@ -167,7 +184,15 @@ def style_transfer(rng: np.random.Generator, held: bool) -> Record:
     other = replace(random_scene(rng), style=scene.style)
     refs = [Reference(1, picture(other), "style", "style"), Reference(2, picture(content), "content", "content")]
     text = "Draw a picture in the given [ref#1] style, following the specified [ref#2] content"
-    return _record("style_transfer", text, scene, refs, Truth(scene, tuple((k, 2) for k in range(len(scene.toys))), False, True))
+    return _record(
+        "style_transfer",
+        text,
+        scene,
+        refs,
+        Truth(scene, tuple((k, 2) for k in range(len(scene.toys))), False, True),
+        None,
+        ("sizes", "style"),
+    )
 
 
 def control_image(scene: Scene, kind: str) -> Image:
@@ -191,7 +216,9 @@ def control(rng: np.random.Generator, held: bool, kind: str | None = None) -> Re
     kind = kind or str(rng.choice(["edge", "mask", "depth", "sketch"]))
     told = scene.caption(sizes=False)
     text = f"Using the [ref#1] {kind} image, generate an image to reflect the caption: {told}"
-    return _record("control", text, scene, [Reference(1, control_image(scene, kind), kind, kind)], Truth(scene, (), True, True), told)
+    return _record(
+        "control", text, scene, [Reference(1, control_image(scene, kind), kind, kind)], Truth(scene, (), True, True), told, ("sizes",)
+    )
 
 
 def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], toys: int | None = None) -> Record:
@@ -284,17 +311,17 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
 
 
 def retrieval(rng: np.random.Generator, held: bool) -> Record:
-    """Three neighbours as context: other pictures of the target's first toy in the target's style, with their captions as phrases.
-    Captions are as the web has them, the target's too: they name that toy wholly, by its shape, or only as a toy, and the style in half
-    of the cases. What a caption leaves out, the context shows."""
+    """Three neighbours as context: other pictures of the target's first toy, or of all its toys, on its background and in its style, with
+    their captions as phrases. Captions are as the web has them, the target's too: they name the first toy wholly, by its shape, or only
+    as a toy, and background and style in half of the cases each. What a caption leaves out, the context shows."""
     scene = random_scene(rng, held=held)
-    toy = scene.toys[0].toy
+    toys = tuple(placed.toy for placed in scene.toys)
 
     def said(scene: Scene) -> str:
-        names = [str(rng.choice([toy.words(), toy.shape, "toy"])), *(p.toy.words() for p in scene.toys[1:])]
-        return scene.caption(names, style=bool(rng.random() < 0.5))
+        names = [str(rng.choice([toys[0].words(), toys[0].shape, "toy"])), *(p.toy.words() for p in scene.toys[1:])]
+        return scene.caption(names, background=bool(rng.random() < 0.5), style=bool(rng.random() < 0.5))
 
-    near = [place(rng, (toy,), style=scene.style) for _ in range(3)]
+    near = [place(rng, toys[: int(rng.integers(1, 3))], scene.background, scene.style) for _ in range(3)]
     refs, told = [Reference(k + 1, picture(other), said(other), "neighbour") for k, other in enumerate(near)], said(scene)
     context = " ".join(f"[ref#{r.marker}] {r.phrase}." for r in refs)
     record = _record("retrieval", f"{context} Generate: {told}", scene, refs, Truth(scene, ((0, 1),), True, True), told)

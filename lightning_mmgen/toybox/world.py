@@ -88,12 +88,12 @@ class Scene:
     style: str
     place: str
 
-    def caption(self, names: list[str] | None = None, *, sizes: bool = True, style: bool = True) -> str:
-        """Every condition in words; ``names`` replaces the toys' own words (``"[ref#1] toy"``, say)."""
+    def caption(self, names: list[str] | None = None, *, sizes: bool = True, background: bool = True, style: bool = True) -> str:
+        """Every condition in words, or those that are not switched off; ``names`` replaces the toys' own words (``"[ref#1] toy"``, say)."""
         names = names or [p.toy.words() for p in self.toys]
         toys = [f"a {p.size} {n}" if sizes else f"a {n}" for p, n in zip(self.toys, names, strict=True)]
         where = f"{toys[0]} {self.place} {toys[1]}" if len(toys) == 2 else f"{toys[0]} {self.place}"
-        return f"{where} on a {self.background} background" + (f", {self.style} style" if style else "")
+        return where + (f" on a {self.background} background" if background else "") + (f", {self.style} style" if style else "")
 
 
 def trait_error(name: str, a: float, b: float) -> float:

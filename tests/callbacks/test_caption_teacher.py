@@ -210,16 +210,22 @@ def test_a_unet_without_a_pooled_vector_has_no_share_of_it(run: tuple[LightningC
 
 
 def test_descriptions_tell_what_references_show() -> None:
-    source = ToyboxSource({"subject": 1.0, "caption": 1.0, "style": 1.0})
-    for record in map(source.record, range(30)):
-        assert (record.foil is None) == (record.task != "subject")
+    source = ToyboxSource({"subject": 1.0, "caption": 1.0, "style": 1.0, "control": 1.0, "style_transfer": 1.0})
+    other = {"small": "large", "large": "small"}
+    for record in map(source.record, range(60)):
         scene = record.extra["truth"].scene
         assert record.description is not None and f", {scene.style} style" in record.description
-        if record.task != "subject":
-            assert record.description == record.caption
+        assert (record.foil is None) == (record.task == "caption")
+        if record.foil is None:
             continue
+        assert (f", {scene.style} style" not in record.foil) == (record.task in ("style", "style_transfer"))
         for placed in scene.toys:
-            marks = " ".join(f"{name} {mark}" for name, mark in placed.toy.measures().items())
-            assert f"{placed.size} {placed.toy.words()} {marks}" in record.description
+            marks = "".join(f" {name} {mark}" for name, mark in placed.toy.measures().items())
+            if record.task in ("style", "control"):
+                marks = ""
+            assert f"{placed.size} {placed.toy.words()}{marks} " in record.description
             turned = re.sub(r"\d", lambda digit: str(9 - int(digit[0])), marks)  # the other end of the same scale
-            assert record.foil is not None and f"{placed.size} {placed.toy.words()} {turned}" in record.foil
+            size = other[placed.size] if record.task in ("control", "style_transfer") else placed.size
+            assert f"{size} {placed.toy.words()}{turned} " in record.foil
+        if record.task in ("style", "control"):
+            assert record.description == record.caption

@@ -159,23 +159,19 @@ def test_every_task_yields_valid_records(task: str, held: bool) -> None:
 
 
 def test_neighbours_show_what_the_captions_of_a_cluster_leave_out() -> None:
-    records = [TASKS["retrieval"](np.random.default_rng(seed), False) for seed in range(60)]
-    names, styles = set(), set()
-    for record in records:
-        scene = truth(record).scene
-        toy, caption = scene.toys[0].toy, record.caption or ""
-        seen = [read(np.array(open_picture(r.image))) for r in record.references]
-        assert all(len(one.toys) == 1 for one in seen) and sum(one.style == scene.style for one in seen) >= 2
-        alike = [(one.toys[0].toy.shape, one.toys[0].toy.colour) == (toy.shape, toy.colour) for one in seen]
-        assert sum(alike) >= 2  # the oracle errs now and then
+    said: dict[str, set[bool]] = {"wholly": set(), "shape": set(), "background": set(), "style": set()}
+    for seed in range(60):
+        record = TASKS["retrieval"](np.random.default_rng(seed), False)
+        scene, caption = truth(record).scene, record.caption or ""
+        toy, shown = scene.toys[0].toy, [read(np.array(open_picture(r.image))) for r in record.references]
+        alike = [any((t.toy.shape, t.toy.colour) == (toy.shape, toy.colour) for t in one.toys) for one in shown]
+        assert len(shown) == 3 and sum(alike) >= 2  # the oracle errs now and then
+        assert sum((one.background, one.style) == (scene.background, scene.style) for one in shown) >= 2
         assert record.instruction.endswith(f"Generate: {caption}") and toy.words(tuple(toy.measures())) in (record.description or "")
-        names.add(
-            next(n for n in (toy.words(), toy.shape, "toy") if f" {n} " in caption)
-            .replace(toy.words(), "wholly")
-            .replace(toy.shape, "shape")
-        )
-        styles.add(f"{scene.style} style" in caption)
-    assert names == {"wholly", "shape", "toy"} and styles == {True, False}
+        words = (toy.words(), f" {toy.shape} ", f"{scene.background} background", f"{scene.style} style")
+        for found, word in zip(said.values(), words, strict=True):
+            found.add(word in caption)
+    assert all(found == {True, False} for found in said.values())
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
