@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -22,21 +23,23 @@ from ..prompt import Record
 from .pretrain import TextPretraining, build_tokenizer
 from .render import SIDE, toy_rgb
 from .tasks import boxes
-from .world import NAMES, STYLES, TRAITS, Toy
+from .world import NAMES, SIZES, STYLES, TRAITS, Placed, Toy
 
 PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone
-SCENES = ("question",)  # and those whose pictures show a whole scene
-KINDS = [*NAMES.values(), STYLES]  # what a toy's picture shows, by name
-FACTS = [*map(len, KINDS), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
+SCENES = ("question", "control")  # and those whose pictures show a whole scene, or its layout
+KINDS = {**NAMES, "style": STYLES, "size": tuple(SIZES)}  # what a picture shows of a toy, by name
+FACTS = [*map(len, KINDS.values()), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
+UNSEEN = -100  # in place of a name's number: what a picture does not show
 
 
 class Shown(NamedTuple):
-    """Tokens [n, d] of pictures, which toy each of them shows [n], the toys, and the styles of their pictures."""
+    """Tokens [n, d] of pictures, which toy each of them shows [n], and of every toy the numbers of its names [toys, kinds], ``UNSEEN``
+    where its picture does not show one, and its measures [toys, 8], not a number there."""
 
     tokens: Tensor
     which: Tensor
-    toys: list[Toy]
-    styles: list[str]
+    names: Tensor
+    measures: Tensor
 
 
 class VLMPretraining(TextPretraining):
@@ -151,25 +154,23 @@ class VLMPretraining(TextPretraining):
 
     def telling(self, shown: Shown) -> Tensor:
         """How badly one linear layer tells a toy and its picture's style from any single one of its tokens, with noise on it: the
-        cross-entropy of three names and of the style, and the squared error of each measure (:func:`measures`)."""
-        tokens, which, toys, styles = shown
-        told = self.facts(tokens + self.noise * torch.randn_like(tokens)).split(FACTS, dim=-1)  # [n, choices]
-        loss = tokens.new_zeros(())
-        named = [[getattr(toy, name) for toy in toys] for name in NAMES] + [styles]
-        for names, kinds, choices in zip(named, KINDS, told[:-1], strict=True):
-            right = torch.tensor([kinds.index(name) for name in names], device=tokens.device)
-            loss = loss + F.cross_entropy(choices, right[which])
-        wanted = torch.tensor([measures(t) for t in toys], device=tokens.device)[which]
+        cross-entropy of each name that the picture shows, and the squared error of each measure (:func:`measures`)."""
+        told = self.facts(shown.tokens + self.noise * torch.randn_like(shown.tokens)).split(FACTS, dim=-1)  # [n, choices]
+        loss = shown.tokens.new_zeros(())
+        for right, choices in zip(shown.names[shown.which].unbind(1), told[:-1], strict=True):
+            errors = F.cross_entropy(choices, right, ignore_index=UNSEEN, reduction="sum")
+            loss = loss + errors / (right != UNSEEN).sum().clamp(min=1)
+        wanted = shown.measures[shown.which]
         has = wanted.isfinite()
-        errors = ((told[-1] - wanted.nan_to_num()).square() * has).sum(0) / has.sum(0).clamp(min=1)
-        return loss + (self.factors * errors).sum()
+        squares = ((told[-1] - wanted.nan_to_num()).square() * has).sum(0) / has.sum(0).clamp(min=1)
+        return loss + (self.factors * squares).sum()
 
 
 def toys_alone(records: list[Record], prompts: Prompts) -> Shown | None:
-    """All tokens of the pictures that show one toy alone; None without any."""
+    """All tokens of the pictures that show one toy alone, which says nothing of its size; None without any."""
     return _shown(
         [
-            (prompts.inputs[b, span.start : span.end], placed.toy, record.extra["truth"].scene.style)
+            (prompts.inputs[b, span.start : span.end], names(placed, record.extra["truth"].scene.style, size=False), measures(placed.toy))
             for b, record in enumerate(records)
             if record.task in PORTRAITS
             for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
@@ -178,7 +179,8 @@ def toys_alone(records: list[Record], prompts: Prompts) -> Shown | None:
 
 
 def toys_in_scenes(records: list[Record], prompts: Prompts) -> Shown | None:
-    """Of pictures of whole scenes the tokens whose patches' centres lie in a toy's box or up to a pixel off; None without any."""
+    """Of pictures of whole scenes the tokens whose patches' centres lie in a toy's box or up to a pixel off; None without any. A control
+    picture shows shapes, sizes and proportions alone."""
     shown = []
     for b, record in enumerate(records):
         if record.task not in SCENES:
@@ -190,17 +192,29 @@ def toys_in_scenes(records: list[Record], prompts: Prompts) -> Shown | None:
         for placed, box in zip(scene.toys, boxes(scene), strict=True):
             across = (centres > box.left - 1) & (centres < box.right + 1)
             down = (centres > box.top - 1) & (centres < box.bottom + 1)
-            shown.append((tokens[np.flatnonzero(np.outer(down, across))], placed.toy, scene.style))
+            told, numbers = names(placed, scene.style), measures(placed.toy)
+            if record.task == "control":
+                told = [k if kind in ("shape", "size") else UNSEEN for kind, k in zip(KINDS, told, strict=True)]
+                numbers = [x if name == "aspect" else math.nan for name, x in zip_longest(TRAITS, numbers)]
+            shown.append((tokens[np.flatnonzero(np.outer(down, across))], told, numbers))
     return _shown(shown)
 
 
-def _shown(pictures: list[tuple[Tensor, Toy, str]]) -> Shown | None:
-    """Each one's tokens, what they show, and in which style."""
+def _shown(pictures: list[tuple[Tensor, list[int], list[float]]]) -> Shown | None:
+    """Each one's tokens, names and measures."""
     if not pictures:
         return None
-    tokens, toys, styles = zip(*pictures, strict=True)
-    counts = torch.tensor([len(own) for own in tokens])
-    return Shown(torch.cat(tokens), torch.arange(len(toys)).repeat_interleave(counts), list(toys), list(styles))
+    tokens, told, numbers = zip(*pictures, strict=True)
+    which = torch.arange(len(tokens)).repeat_interleave(torch.tensor([len(own) for own in tokens]))
+    device = tokens[0].device
+    return Shown(torch.cat(tokens), which.to(device), torch.tensor(told, device=device), torch.tensor(numbers, device=device))
+
+
+def names(placed: Placed, style: str, size: bool = True) -> list[int]:
+    """The numbers of a toy's names among their ``KINDS``, of its picture's style, and of its size where the picture shows it."""
+    own = [getattr(placed.toy, name) for name in NAMES] + [style, placed.size]
+    found = [list(kinds).index(name) for kinds, name in zip(KINDS.values(), own, strict=True)]
+    return found if size else [*found[:-1], UNSEEN]
 
 
 def measures(toy: Toy) -> list[float]:

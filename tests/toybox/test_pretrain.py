@@ -14,9 +14,9 @@ from lightning_mmgen.cli import main
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.toybox.pretrain import Pictures, whiten
-from lightning_mmgen.toybox.pretrain_vlm import FACTS, Shown, VLMPretraining, toys_alone, toys_in_scenes
+from lightning_mmgen.toybox.pretrain_vlm import FACTS, UNSEEN, Shown, VLMPretraining, measures, names, toys_alone, toys_in_scenes
 from lightning_mmgen.toybox.tasks import TASKS, boxes
-from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, Toy
+from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Toy
 
 
 def test_whitened_latents_have_unit_covariance_and_decode_to_the_same_pictures() -> None:
@@ -76,7 +76,7 @@ def test_telling_is_the_plain_sum_of_its_terms(settings: dict[str, Any]) -> None
     styles = ["pastel", "flat"]
     for toy, style, numbers, patches in zip(toys, styles, measured, tokens, strict=True):
         for told in vlm.facts(patches):
-            shape, colour, texture, look, values = told.split(FACTS)
+            shape, colour, texture, look, _, values = told.split(FACTS)
             expected -= shape.log_softmax(0)[SHAPES.index(toy.shape)] / 6
             expected -= colour.log_softmax(0)[list(COLOURS).index(toy.colour)] / 6
             expected -= texture.log_softmax(0)[TEXTURES.index(toy.texture)] / 6
@@ -84,7 +84,8 @@ def test_telling_is_the_plain_sum_of_its_terms(settings: dict[str, Any]) -> None
             for k, (value, number) in enumerate(zip(values, numbers, strict=True)):
                 squares[k] += [] if number is None else [(value - number) ** 2]
     means = [torch.stack(square).mean() for square in squares]
-    shown = Shown(tokens.flatten(0, 1), which, toys, styles)
+    looks = [names(Placed(t, "small", 0, 0), style, size=False) for t, style in zip(toys, styles, strict=True)]
+    shown = Shown(tokens.flatten(0, 1), which, torch.tensor(looks), torch.tensor([measures(t) for t in toys]))
     torch.testing.assert_close(vlm.telling(shown), expected + 6 * means[0] + sum(means[1:]))
     vlm.noise = 1.0
     assert vlm.telling(shown) != vlm.telling(shown)
@@ -102,29 +103,31 @@ def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
     portraits = [p for r, row in zip(records, pictures, strict=True) if r.task in ("naming", "measuring") for p in row]
     torch.testing.assert_close(shown.tokens, vlm.encoder.embed_images(torch.stack(portraits)).flatten(0, 1))
     assert shown.which.tolist() == [k for k in range(len(portraits)) for _ in range(25)]
-    assert shown.toys == [p.toy for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
-    assert shown.styles == [records[i].extra["truth"].scene.style for i in (1, 3) for _ in records[i].references]
+    placed = [(p, records[i].extra["truth"].scene.style) for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
+    assert shown.names.tolist() == [names(p, style, size=False) for p, style in placed] and (shown.names[:, -1] == UNSEEN).all()
+    torch.testing.assert_close(shown.measures, torch.tensor([measures(p.toy) for p, _ in placed]), equal_nan=True)
     assert toys_alone([records[0], records[2]], prompts) is None
 
 
 def test_tokens_of_a_whole_scene_are_told_where_its_toys_are(vlm: VLMPretraining) -> None:
     rng = np.random.default_rng(1)
-    records = [TASKS[task](rng, False) for task in ("naming", "question", "question")]
+    records = [TASKS[task](rng, False) for task in ("naming", "question", "question", "control")]
     pictures = [[pixels(ref.image, 64) for ref in r.references] for r in records]
     markers = [[reference.marker for reference in r.references] for r in records]
     prompts = vlm.encoder.embed([r.prompt().instruction for r in records], markers, pack(pictures))
     shown = toys_in_scenes(records, prompts)
     assert shown is not None
     scenes = [r.extra["truth"].scene for r in records[1:]]
-    assert shown.toys == [p.toy for scene in scenes for p in scene.toys]
-    assert shown.styles == [scene.style for scene in scenes for _ in scene.toys]
+    placed = [(p, scene.style) for scene in scenes for p in scene.toys]
+    whole = len(placed) - len(scenes[-1].toys)  # of the control picture shapes, sizes and proportions alone are seen
+    assert shown.names[:whole].tolist() == [names(*both) for both in placed[:whole]] and (shown.names[:whole] >= 0).all()
+    assert [row[1:4] for row in shown.names[whole:].tolist()] == [[UNSEEN] * 3] * len(scenes[-1].toys)
+    assert [[row[0], row[4]] for row in shown.names[whole:].tolist()] == [[names(*p)[0], names(*p)[4]] for p in placed[whole:]]
+    assert shown.measures[whole:].isfinite().nonzero()[:, 1].unique().tolist() == [list(TRAITS).index("aspect")]
     grids = [vlm.encoder.embed_images(row[0][None])[0].unflatten(0, (8, 8)) for row in pictures[1:]]
     at = 0
     for grid, scene, record in zip(grids, scenes, records[1:], strict=True):
         for box in boxes(scene):
-            inside = [
-                (r, c) for r in range(8) for c in range(8) if abs(8 * r + 4 - (box.top + box.bottom) / 2) < (box.bottom - box.top) / 2 + 1
-            ]
             inside = [
                 (row, column)
                 for row in range(8)
@@ -135,7 +138,7 @@ def test_tokens_of_a_whole_scene_are_told_where_its_toys_are(vlm: VLMPretraining
             assert own.sum() == len(inside) > 0, record.question
             torch.testing.assert_close(shown.tokens[own], torch.stack([grid[r, c] for r, c in inside]))
             at += 1
-    assert at == len(shown.toys) and toys_in_scenes(records[:1], prompts) is None
+    assert at == len(shown.names) and toys_in_scenes(records[:1], prompts) is None
 
 
 def test_the_language_model_stays_where_only_the_eyes_are_trained(settings: dict[str, Any]) -> None:
