@@ -1,6 +1,6 @@
 """What Instruct-Imagen's paper found, measured on the toybox by its oracle (Hu et al. 2024, Figure 4 and Table 3).
 
-    python benchmarks/claims/instruct_imagen.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 32] [--jobs 2]
+    python benchmarks/claims/instruct_imagen.py [--runs DIR] [--seeds 1 2 3] [--steps 400] [--count 32] [--jobs 2]
 
 Trains both stages of ``experiments/retrieval.yaml`` and ``experiments/instruct_imagen_sdxl.yaml`` at the toybox's size, and the baselines
 (no instructions, one task at a time, no stage 1), once a seed. Prints SC, PQ and O per task and composition for every model, then the
@@ -91,7 +91,7 @@ def table(found: dict[str, list[Scores]]) -> None:
 
 
 def main() -> None:
-    args = arguments("runs/claims/instruct_imagen", 32, steps=760)
+    args = arguments("runs/claims/instruct_imagen", 32, steps=400)
     waves = [["retrieval", "no retrieval"], ["full", "multi-task", *(f"only {task}" for task in TASKS)]]  # the second needs stage 1
     scores = work(args, waves, measure)
     found = {model: [scores[model, s] for s in args.seeds] for model in MODELS}
