@@ -17,10 +17,14 @@ from typing import Any
 
 import numpy as np
 from jobs import DATA, MODEL, Job, arguments, claim, fit, work
+from lightning_mmgen.callbacks import grid, sample
+from PIL.Image import Image
 from rated import overall, rate
 
 from lightning_mmgen.data.instructions import DATA_SETS, InstructionRecipe, raw, read_templates
 from lightning_mmgen.data.sources import ToyboxSource
+from lightning_mmgen.module import MultimodalDiffusion
+from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.tasks import COMPOSITIONS
 
@@ -48,6 +52,8 @@ def measure(job: Job) -> dict[str, Any]:
     module = fit(job, ["instruct_imagen_sdxl.yaml", *TOYBOX], more)
     wanted, start = [task] if task in TASKS else [*TASKS, *COMPOSITIONS], time.monotonic()
     scores: dict[str, Any] = {name: rate(module, records(name, job.count, without), job.seed) for name in wanted}
+    if job.name == "full":
+        page(module, job.seed).save(job.folder / "pictures.png")
     return scores | {"seconds a picture": (time.monotonic() - start) / (job.count * len(wanted))}
 
 
@@ -64,6 +70,12 @@ def records(name: str, count: int, without_instructions: bool) -> list[Record]:
     templates = {TASKS[name].task: read_templates(TASKS[name].task)}
     recipe = InstructionRecipe(64, 64, None, templates, edge_dilation=0, instructions=not without_instructions)
     return [recipe.compose(replace(r, task=name), None, np.random.default_rng(i)) for i, r in enumerate(own)]
+
+
+def page(module: MultimodalDiffusion, seed: int) -> Image:
+    """Two held-out prompts of every task and composition, and what the model draws."""
+    shown = [r for name in (*TASKS, *COMPOSITIONS) for r in records(name, 2, False)]
+    return grid(shown, None, sample(MultimodalPipeline.of(module), shown, seed=seed, side=64), cell=80, columns=2)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------------------
