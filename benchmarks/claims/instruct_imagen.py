@@ -52,9 +52,10 @@ def measure(job: Job) -> dict[str, Any]:
     module = fit(job, ["instruct_imagen_sdxl.yaml", *TOYBOX], more)
     wanted, start = [task] if task in TASKS else [*TASKS, *COMPOSITIONS], time.monotonic()
     scores: dict[str, Any] = {name: rate(module, records(name, job.count, without), job.seed) for name in wanted}
+    seconds = (time.monotonic() - start) / (job.count * len(wanted))
     if job.name == "full":
         page(module, job.seed).save(job.folder / "pictures.png")
-    return scores | {"seconds a picture": (time.monotonic() - start) / (job.count * len(wanted))}
+    return scores | {"seconds a picture": seconds}
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------------
