@@ -14,6 +14,7 @@ from lightning_mmgen.batch import Batch
 from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, error_along, relative_error, squared_error
 from lightning_mmgen.models.attention import layers_of
 from lightning_mmgen.models.unet import pooled_features
+from lightning_mmgen.prompt import without_stop
 
 from .ema import copies, pieces
 from .teacher import taught
@@ -134,7 +135,7 @@ def in_words(batch: Batch, rows: list[int], texts: Sequence[str | None]) -> Batc
 def words(batch: Batch) -> list[str | None]:
     """What a teacher reads of each sample: the target's description in the place of a prompt with pictures, None where it has none; the
     caption that a prompt without pictures puts in words of its own (a template's, say); any other as it is."""
-    captions = [(caption or "").strip().rstrip(".") for caption in batch.captions]
+    captions = map(without_stop, batch.captions)
     described = batch.captions if batch.descriptions is None else batch.descriptions
     rows = zip(described, captions, batch.markers, batch.instructions, strict=True)
     return [(said or None) if marks else caption if caption and caption in text else text for said, caption, marks, text in rows]

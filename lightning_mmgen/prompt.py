@@ -7,7 +7,7 @@ Everything that the framework trains on is such a record, whatever the method.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -99,6 +99,16 @@ class MultimodalPrompt:
             if reference.role == "neighbour":
                 text = text.replace(f"[ref#{reference.marker}] {reference.phrase}.", "")
         return without_markers(text)
+
+
+def without_stop(caption: str | None) -> str:
+    """A caption without the full stop at its end, as templates put it in words of their own."""
+    return (caption or "").strip().rstrip(".")
+
+
+def in_context(neighbours: Sequence[Reference], caption: str) -> str:
+    """The instruction of a picture after its neighbours: ``"[ref#1] caption. [ref#2] caption. Generate: caption"``."""
+    return " ".join([*(f"[ref#{r.marker}] {r.phrase}." for r in neighbours), f"Generate: {caption}"])
 
 
 def without_markers(text: str) -> str:

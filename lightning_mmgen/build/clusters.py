@@ -15,8 +15,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ..data.images import locate_file
-from ..data.retrieval import describe
-from ..prompt import Record, RecordError, Reference
+from ..prompt import Record, RecordError, Reference, in_context
 from .captions import read_lines
 from .corpus import Corpus, Pair, open_corpus
 from .embed import DOMAINS, Embedding, Vectors, embed
@@ -173,7 +172,9 @@ def record(pairs: dict[int, Pair], images: Path, out: Path) -> Record:
 
     (row, target), *others = pairs.items()
     references = tuple(Reference(k, settled(*other), other[1].caption.rstrip(" ."), "neighbour") for k, other in enumerate(others, 1))
-    return Record(describe(references, target.caption), references, settled(row, target), target.caption, task="retrieval", id=f"{row:08d}")
+    return Record(
+        in_context(references, target.caption), references, settled(row, target), target.caption, task="retrieval", id=f"{row:08d}"
+    )
 
 
 @contextmanager

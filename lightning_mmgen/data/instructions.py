@@ -15,7 +15,7 @@ from PIL import ImageChops, ImageFilter
 from PIL.Image import Image
 
 from ..models.encoder import Encoder
-from ..prompt import CONTROLS, Record, RecordError, Reference
+from ..prompt import CONTROLS, Record, RecordError, Reference, without_stop
 from .controls import Control, makers
 from .datamodule import MultimodalDataModule
 from .images import open_picture, square_around
@@ -104,7 +104,7 @@ def fill(template: str, task: str, caption: str | None, references: Iterable[Ref
             raise RecordError(f"a record for {task} needs a reference of the role {role}")
         values[f"ref{k + 1}"] = naming(own)
     if "caption" in placeholders(task):
-        values["caption"] = (caption or "").strip().rstrip(".")
+        values["caption"] = without_stop(caption)
         if not values["caption"]:
             raise RecordError(f"a record for {task} needs a caption")
     return template.format(**values)

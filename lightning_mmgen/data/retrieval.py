@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..models.encoder import Encoder
-from ..prompt import MARKER, Record, RecordError, Reference
+from ..prompt import MARKER, Record, RecordError, Reference, in_context
 from .datamodule import MultimodalDataModule
 from .images import locate_file
 from .recipe import Recipe
@@ -50,7 +49,7 @@ class RetrievalRecipe(Recipe):
             neighbours[k] = own
         drawn = [neighbours[i] for i in rng.choice(len(neighbours), self.context, replace=False)]
         context = tuple(replace(r, marker=k + 1, phrase=plain(r.phrase)) for k, r in enumerate(drawn))
-        return replace(record, instruction=describe(context, plain(record.caption)), references=context)
+        return replace(record, instruction=in_context(context, plain(record.caption)), references=context)
 
 
 def plain(caption: str | None) -> str:
@@ -62,11 +61,6 @@ def plain(caption: str | None) -> str:
     if not (words := " ".join(MARKER.sub(" ", caption or "").split()).rstrip(". ")):
         raise RecordError("a pair of the cluster has no caption")
     return words
-
-
-def describe(context: Sequence[Reference], caption: str) -> str:
-    """The instruction: ``"[ref#1] caption. [ref#2] caption. Generate: caption"``."""
-    return " ".join([*(f"[ref#{r.marker}] {r.phrase}." for r in context), f"Generate: {caption}"])
 
 
 class RetrievalDataModule(MultimodalDataModule):

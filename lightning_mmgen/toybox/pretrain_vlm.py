@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +29,9 @@ SCENES = ("question", "control")  # and those whose pictures show a whole scene,
 KINDS = {**NAMES, "style": STYLES, "size": tuple(SIZES)}  # what a picture shows of a toy, by name
 FACTS = [*map(len, KINDS.values()), len(TRAITS) + 3]  # numbers that tell it: scores of each name, then the toy's measures
 UNSEEN = -100  # in place of a name's number: what a picture does not show
+ALONE = (*NAMES, "style")  # the names that a toy alone on its picture shows
+LAYOUT = ("shape", "size")  # and those that a control picture shows, beside the trait of proportions
+ASPECT = list(TRAITS).index("aspect")
 
 
 class Shown(NamedTuple):
@@ -167,10 +169,10 @@ class VLMPretraining(TextPretraining):
 
 
 def toys_alone(records: list[Record], prompts: Prompts) -> Shown | None:
-    """All tokens of the pictures that show one toy alone, which says nothing of its size; None without any."""
+    """All tokens of the pictures that show one toy alone; None without any."""
     return _shown(
         [
-            (prompts.inputs[b, span.start : span.end], names(placed, record.extra["truth"].scene.style, size=False), measures(placed.toy))
+            (prompts.inputs[b, span.start : span.end], names(placed, record.extra["truth"].scene.style, ALONE), measures(placed.toy))
             for b, record in enumerate(records)
             if record.task in PORTRAITS
             for span, placed in zip(prompts.spans[b], record.extra["truth"].scene.toys, strict=True)
@@ -179,12 +181,12 @@ def toys_alone(records: list[Record], prompts: Prompts) -> Shown | None:
 
 
 def toys_in_scenes(records: list[Record], prompts: Prompts) -> Shown | None:
-    """Of pictures of whole scenes the tokens whose patches' centres lie in a toy's box or up to a pixel off; None without any. A control
-    picture shows shapes, sizes and proportions alone."""
+    """Of pictures of whole scenes the tokens whose patches' centres lie in a toy's box or up to a pixel off; None without any."""
     shown = []
     for b, record in enumerate(records):
         if record.task not in SCENES:
             continue
+        layout = record.task == "control"
         scene, (span,) = record.extra["truth"].scene, prompts.spans[b]
         tokens = prompts.inputs[b, span.start : span.end]
         patches = math.isqrt(len(tokens))  # on a side
@@ -192,10 +194,9 @@ def toys_in_scenes(records: list[Record], prompts: Prompts) -> Shown | None:
         for placed, box in zip(scene.toys, boxes(scene), strict=True):
             across = (centres > box.left - 1) & (centres < box.right + 1)
             down = (centres > box.top - 1) & (centres < box.bottom + 1)
-            told, numbers = names(placed, scene.style), measures(placed.toy)
-            if record.task == "control":
-                told = [k if kind in ("shape", "size") else UNSEEN for kind, k in zip(KINDS, told, strict=True)]
-                numbers = [x if name == "aspect" else math.nan for name, x in zip_longest(TRAITS, numbers)]
+            told, numbers = names(placed, scene.style, LAYOUT if layout else tuple(KINDS)), measures(placed.toy)
+            if layout:
+                numbers = [x if k == ASPECT else math.nan for k, x in enumerate(numbers)]
             shown.append((tokens[np.flatnonzero(np.outer(down, across))], told, numbers))
     return _shown(shown)
 
@@ -210,11 +211,10 @@ def _shown(pictures: list[tuple[Tensor, list[int], list[float]]]) -> Shown | Non
     return Shown(torch.cat(tokens), which.to(device), torch.tensor(told, device=device), torch.tensor(numbers, device=device))
 
 
-def names(placed: Placed, style: str, size: bool = True) -> list[int]:
-    """The numbers of a toy's names among their ``KINDS``, of its picture's style, and of its size where the picture shows it."""
-    own = [getattr(placed.toy, name) for name in NAMES] + [style, placed.size]
-    found = [list(kinds).index(name) for kinds, name in zip(KINDS.values(), own, strict=True)]
-    return found if size else [*found[:-1], UNSEEN]
+def names(placed: Placed, style: str, seen: tuple[str, ...] = tuple(KINDS)) -> list[int]:
+    """The numbers among their ``KINDS`` of a toy's names, its picture's style and its size, for those that are ``seen``."""
+    own = [*(getattr(placed.toy, name) for name in NAMES), style, placed.size]
+    return [kinds.index(name) if kind in seen else UNSEEN for (kind, kinds), name in zip(KINDS.items(), own, strict=True)]
 
 
 def measures(toy: Toy) -> list[float]:

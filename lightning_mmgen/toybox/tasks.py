@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from ..prompt import CONTROLS, EDIT, Box, Picture, Record, Reference
+from ..prompt import CONTROLS, EDIT, Box, Picture, Record, Reference, in_context
 from .render import SIDE, draw, portrait
 from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, other_view, place, random_scene
 
@@ -51,8 +51,8 @@ class Truth:
         and of what else is ``pictured`` the toys' other ``sizes`` and the next ``style``. None where pictures show nothing of this."""
         if not (self.shown or pictured):
             return None
-        other = {size: size for size in SIZES} | (dict(zip(SIZES, reversed(SIZES), strict=True)) if "sizes" in pictured else {})
-        toys = tuple(replace(p, toy=p.toy.mirrored(), size=other[p.size]) for p in self.scene.toys)
+        sizes = dict(zip(SIZES, reversed(SIZES) if "sizes" in pictured else SIZES, strict=True))
+        toys = tuple(replace(p, toy=p.toy.mirrored(), size=sizes[p.size]) for p in self.scene.toys)
         style = STYLES[(STYLES.index(self.scene.style) + ("style" in pictured)) % len(STYLES)]
         return replace(self, scene=replace(self.scene, toys=toys, style=style)).description()
 
@@ -323,8 +323,7 @@ def retrieval(rng: np.random.Generator, held: bool) -> Record:
 
     near = [place(rng, toys[: int(rng.integers(1, 3))], scene.background, scene.style) for _ in range(3)]
     refs, told = [Reference(k + 1, picture(other), said(other), "neighbour") for k, other in enumerate(near)], said(scene)
-    context = " ".join(f"[ref#{r.marker}] {r.phrase}." for r in refs)
-    record = _record("retrieval", f"{context} Generate: {told}", scene, refs, Truth(scene, ((0, 1),), True, True), told)
+    record = _record("retrieval", in_context(refs, told), scene, refs, Truth(scene, ((0, 1),), True, True), told)
     return replace(record, caption=told)
 
 

@@ -14,7 +14,7 @@ from lightning_mmgen.cli import main
 from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.toybox.pretrain import Pictures, whiten
-from lightning_mmgen.toybox.pretrain_vlm import FACTS, UNSEEN, Shown, VLMPretraining, measures, names, toys_alone, toys_in_scenes
+from lightning_mmgen.toybox.pretrain_vlm import ALONE, FACTS, UNSEEN, Shown, VLMPretraining, measures, names, toys_alone, toys_in_scenes
 from lightning_mmgen.toybox.tasks import TASKS, boxes
 from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Toy
 
@@ -84,7 +84,7 @@ def test_telling_is_the_plain_sum_of_its_terms(settings: dict[str, Any]) -> None
             for k, (value, number) in enumerate(zip(values, numbers, strict=True)):
                 squares[k] += [] if number is None else [(value - number) ** 2]
     means = [torch.stack(square).mean() for square in squares]
-    looks = [names(Placed(t, "small", 0, 0), style, size=False) for t, style in zip(toys, styles, strict=True)]
+    looks = [names(Placed(t, "small", 0, 0), style, ALONE) for t, style in zip(toys, styles, strict=True)]
     shown = Shown(tokens.flatten(0, 1), which, torch.tensor(looks), torch.tensor([measures(t) for t in toys]))
     torch.testing.assert_close(vlm.telling(shown), expected + 6 * means[0] + sum(means[1:]))
     vlm.noise = 1.0
@@ -104,7 +104,7 @@ def test_the_tokens_of_a_toys_own_picture_are_told(vlm: VLMPretraining) -> None:
     torch.testing.assert_close(shown.tokens, vlm.encoder.embed_images(torch.stack(portraits)).flatten(0, 1))
     assert shown.which.tolist() == [k for k in range(len(portraits)) for _ in range(25)]
     placed = [(p, records[i].extra["truth"].scene.style) for i in (1, 3) for p in records[i].extra["truth"].scene.toys]
-    assert shown.names.tolist() == [names(p, style, size=False) for p, style in placed] and (shown.names[:, -1] == UNSEEN).all()
+    assert shown.names.tolist() == [names(p, style, ALONE) for p, style in placed] and (shown.names[:, -1] == UNSEEN).all()
     torch.testing.assert_close(shown.measures, torch.tensor([measures(p.toy) for p, _ in placed]), equal_nan=True)
     assert toys_alone([records[0], records[2]], prompts) is None
 
