@@ -35,7 +35,7 @@ from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.tools.generate import load_module
 from lightning_mmgen.toybox.oracle import match, read_all
 from lightning_mmgen.toybox.render import portrait
-from lightning_mmgen.toybox.tasks import picture
+from lightning_mmgen.toybox.truth import picture
 from lightning_mmgen.toybox.world import NAMES, TRAITS, Scene, Toy, place, random_toy, trait_error
 
 TIMESTEPS = (999, 900, 800, 600, 400, 200)

@@ -37,7 +37,7 @@ from lightning_mmgen.models.clip import Clip
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record, Reference
 from lightning_mmgen.toybox.oracle import score
-from lightning_mmgen.toybox.tasks import picture
+from lightning_mmgen.toybox.truth import picture
 from lightning_mmgen.toybox.world import other_view
 
 BATCH = 24

@@ -29,7 +29,7 @@ from lightning_mmgen.tools.export import export
 from lightning_mmgen.tools.generate import load_module
 from lightning_mmgen.tools.merge import merge
 from lightning_mmgen.toybox.oracle import read, score
-from lightning_mmgen.toybox.tasks import Truth, boxes, picture
+from lightning_mmgen.toybox.truth import Truth, boxes, picture
 from lightning_mmgen.toybox.world import STYLES, Scene, random_scene
 
 TOKENS = (1, 25, 36)

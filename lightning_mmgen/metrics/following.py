@@ -15,7 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from ..toybox.oracle import Reading, Score, judge, read, read_all
 from ..toybox.render import draw
-from ..toybox.tasks import Truth
+from ..toybox.truth import Truth
 from ..toybox.world import Placed, Scene
 
 SCORES = ("following", "strict", "consistency", "success")

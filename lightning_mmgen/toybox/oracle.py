@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from .render import DARK_TONE, RIM, SIDE, Array, light, second_tone, signed_distance, stylise
-from .tasks import Truth
+from .truth import Truth
 from .world import BACKGROUNDS, COLOURS, NAMES, SHAPES, SIZES, SPOTS, STYLES, TEXTURES, TRAITS, Toy, trait_error
 
 VALUE, SATURATION = 0.95, 0.85  # of a toy's first tone

@@ -21,7 +21,7 @@ from ..models.weights import locate
 from ..prompt import Record
 from .pretrain import TextPretraining, build_tokenizer
 from .render import SIDE, toy_rgb
-from .tasks import boxes
+from .truth import boxes
 from .world import NAMES, SIZES, STYLES, TRAITS, Placed, Toy
 
 PORTRAITS = ("naming", "measuring")  # tasks whose pictures show one toy alone

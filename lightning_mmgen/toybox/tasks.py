@@ -1,12 +1,12 @@
 """Records of the toybox, one function a task family: each takes a generator and returns a record with the truth about it.
 
-The truth (:class:`Truth`) travels in ``record.extra["truth"]``, for the oracle alone; no model sees it.
+The truth (:class:`~lightning_mmgen.toybox.truth.Truth`) travels in ``record.extra["truth"]``, for the oracle alone; no model sees it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,65 +14,17 @@ import numpy as np
 from PIL import Image as PILImage
 from PIL.Image import Image
 
-from ..prompt import CONTROLS, EDIT, Box, Picture, Record, Reference, in_context
+from ..prompt import CONTROLS, EDIT, Picture, Record, Reference, in_context
 from .render import SIDE, draw, portrait
-from .world import BACKGROUNDS, COLOURS, SHAPES, SIZES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, other_view, place, random_scene
+from .truth import Truth, boxes, picture
+from .world import BACKGROUNDS, COLOURS, SHAPES, STYLES, TEXTURES, Placed, Scene, Toy, held_out, other_view, place, random_scene
 
 REFERENCE_SIDE = 48
 PREFIXES = ("", "", "draw ", "generate an image of ", "a picture of ")
 
 
-@dataclass(frozen=True)
-class Truth:
-    """What the instruction of a record asks for.
-
-    Attributes:
-        scene: the target scene.
-        shown: for toys that a reference or source shows, index of the toy -> marker.
-        sizes, style, place: whether the instruction states the toys' sizes, the picture's style, and where the toys are.
-        edited: the condition that an edit is to bring about (``"colour 1"``, say), by the oracle's name.
-    """
-
-    scene: Scene
-    shown: tuple[tuple[int, int], ...] = ()
-    sizes: bool = False
-    style: bool = False
-    place: bool = True
-    edited: str | None = None
-
-    def description(self) -> str:
-        """All of the scene in words, with the measures of the toys that a picture shows; more than the instruction may say."""
-        shown = {toy for toy, _ in self.shown}
-        toys = [placed.toy for placed in self.scene.toys]
-        return self.scene.caption([toy.words(tuple(toy.measures()) if k in shown else ()) for k, toy in enumerate(toys)])
-
-    def foil(self, pictured: tuple[str, ...] = ()) -> str | None:
-        """The description of a scene that is unlike this one in what only pictures show: the other ends of the scales of the toys shown,
-        and of what else is ``pictured`` the toys' other ``sizes`` and the next ``style``. None where pictures show nothing of this."""
-        if not (self.shown or pictured):
-            return None
-        sizes = dict(zip(SIZES, reversed(SIZES) if "sizes" in pictured else SIZES, strict=True))
-        toys = tuple(replace(p, toy=p.toy.mirrored(), size=sizes[p.size]) for p in self.scene.toys)
-        style = STYLES[(STYLES.index(self.scene.style) + ("style" in pictured)) % len(STYLES)]
-        return replace(self, scene=replace(self.scene, toys=toys, style=style)).description()
-
-
-def picture(scene: Scene, side: int = SIDE) -> Image:
-    """The scene as an upright RGB picture."""
-    return PILImage.fromarray(draw(scene, side)[0])
-
-
 def _mask(coverage: Any) -> Image:
     return PILImage.fromarray((np.clip(coverage, 0, 1) * 255).astype(np.uint8))
-
-
-def boxes(scene: Scene, masks: list[Any] | None = None) -> tuple[Box, ...]:
-    """Where each toy lies, in pixels of the 64 x 64 picture; ``masks`` are what :func:`draw` gave for it, if it was drawn already."""
-    out = []
-    for placed, mask in zip(scene.toys, masks or draw(scene)[1], strict=True):
-        xs, ys = np.flatnonzero((mask > 0.5).any(0)), np.flatnonzero((mask > 0.5).any(1))
-        out.append(Box(placed.toy.words(), float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)))
-    return tuple(out)
 
 
 def _portrait(rng: np.random.Generator, toy: Toy) -> Image:

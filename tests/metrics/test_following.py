@@ -12,7 +12,7 @@ from lightning_mmgen.metrics import ToyboxFollowing
 from lightning_mmgen.metrics.following import interval
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.oracle import score
-from lightning_mmgen.toybox.tasks import Truth
+from lightning_mmgen.toybox.truth import Truth
 
 
 def asked(task: str, count: int, held_out: bool = False) -> tuple[list[Record], Tensor, list[Truth]]:

@@ -17,7 +17,7 @@ from lightning_mmgen.models.codec import CodecConfig
 from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.toybox.oracle import read
 from lightning_mmgen.toybox.render import draw
-from lightning_mmgen.toybox.tasks import Truth
+from lightning_mmgen.toybox.truth import Truth
 from lightning_mmgen.toybox.world import BACKGROUNDS, Placed, Scene, Toy, random_scene
 
 Pictures = list[NDArray[np.uint8]]

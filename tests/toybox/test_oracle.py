@@ -13,7 +13,7 @@ from lightning_mmgen.models.codec import CodecConfig
 from lightning_mmgen.pipeline import to_pil
 from lightning_mmgen.toybox.oracle import Reading, Seen, consistency, read, read_all, score
 from lightning_mmgen.toybox.render import draw
-from lightning_mmgen.toybox.tasks import Truth, picture
+from lightning_mmgen.toybox.truth import Truth, picture
 from lightning_mmgen.toybox.world import Placed, Scene, Toy, random_scene, trait_error
 
 Read = list[tuple[Scene, Reading]]

@@ -15,7 +15,8 @@ from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.weights import TOYBOX
 from lightning_mmgen.toybox.pretrain import Pictures, whiten
 from lightning_mmgen.toybox.pretrain_vlm import ALONE, FACTS, UNSEEN, Shown, VLMPretraining, measures, names, toys_alone, toys_in_scenes
-from lightning_mmgen.toybox.tasks import TASKS, boxes
+from lightning_mmgen.toybox.tasks import TASKS
+from lightning_mmgen.toybox.truth import boxes
 from lightning_mmgen.toybox.world import COLOURS, SHAPES, STYLES, TEXTURES, TRAITS, Placed, Toy
 
 

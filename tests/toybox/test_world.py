@@ -11,7 +11,8 @@ from lightning_mmgen.data.images import open_picture
 from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.oracle import read
 from lightning_mmgen.toybox.render import draw, portrait, signed_distance
-from lightning_mmgen.toybox.tasks import COMPOSITIONS, TASKS, Truth, boxes, control_image, edit_session
+from lightning_mmgen.toybox.tasks import COMPOSITIONS, TASKS, control_image, edit_session
+from lightning_mmgen.toybox.truth import Truth, boxes
 from lightning_mmgen.toybox.world import (
     BACKGROUNDS,
     COLOURS,
