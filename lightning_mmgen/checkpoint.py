@@ -8,6 +8,7 @@ import pickle
 import shutil
 import uuid
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -141,3 +142,29 @@ def trained_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint's run has trained, by name: the averaged weights where it kept an average."""
     ema = next((state for key, state in checkpoint["callbacks"].items() if key.startswith("EMA")), None)
     return ema["mean"] if ema and ema["mean"] else checkpoint["state_dict"]  # type: ignore[no-any-return]
+
+
+def beginning(checkpoint: dict[str, Any], without: Sequence[str] = ()) -> dict[str, Any]:
+    """Of a checkpoint, what a fit of another recipe starts from: what was trained, averaged where the run kept an average, and what its
+    callbacks hold by the same names (a teacher's weights, say), in half precision; no optimizer, no count of steps.
+
+    Args:
+        checkpoint: as it was read.
+        without: parts to leave out, by the beginnings of their names.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    names = [n for n in checkpoint["state_dict"] if not n.startswith(tuple(f"{part}." for part in without))]
+    if not names:
+        raise ValueError(f"nothing was trained{' but ' + ', '.join(without) if without else ''}")
+
+    def kept(weights: dict[str, Any]) -> dict[str, Any]:
+        return {n: weights[n].half() for n in names}
+
+    held = {
+        name: {key: kept(value) for key, value in state.items() if isinstance(value, dict) and value.keys() >= set(names)}
+        for name, state in checkpoint["callbacks"].items()
+        if not name.startswith("EMA")
+    }
+    return {"state_dict": kept(trained_weights(checkpoint)), "callbacks": {name: state for name, state in held.items() if state}}

@@ -19,6 +19,7 @@ from .data.datamodule import MultimodalDataModule
 from .losses import AnsweringStep, DenoisingStep, LossTerm
 from .models.loading import Weights
 from .models.parameters import ParameterTable, Row
+from .models.weights import locate
 from .optimizer import beside_parameters, make_optimizer
 from .ranks import mean
 from .shards import part_of, put, shape
@@ -72,7 +73,7 @@ class TunedModule(L.LightningModule, ABC):
         schedule: warm-up and decay of all learning rates.
         betas: of AdamW; Adafactor takes the first.
         start: a checkpoint whose trained weights a fit begins from, with a new optimizer and a new count of steps (MUMU's stage 2 after
-            its stage 1); it has the same parameter table.
+            its stage 1); of the same parameter table, or of one that trains less.
     """
 
     def __init__(self, parameters: Sequence[Row], schedule: LRSchedule, betas: tuple[float, float], start: str | None) -> None:
@@ -90,8 +91,9 @@ class TunedModule(L.LightningModule, ABC):
             self.engine.share(self)
             self.table.hold(self)
         if self.start and self._trainer and not self._trainer.ckpt_path:
-            checkpoint = AtomicCheckpointIO().load_checkpoint(self.start, whole=self.engine is None)
-            self.load_trained(checkpoint)
+            path = locate(self.start) if self.start.startswith("toybox/") else self.start
+            checkpoint = AtomicCheckpointIO().load_checkpoint(path, whole=self.engine is None)
+            self.load_trained(checkpoint, more=True)
             for term in self.terms():
                 term.start_from(checkpoint["callbacks"].get(term.state_key, {}))
 
@@ -208,20 +210,29 @@ class TunedModule(L.LightningModule, ABC):
         names = self.trainable()
         checkpoint["state_dict"] = {n: v for n, v in checkpoint["state_dict"].items() if n in names}
 
-    def load_trained(self, checkpoint: dict[str, Any]) -> None:
+    def load_trained(self, checkpoint: dict[str, Any], more: bool = False) -> None:
         """Take over what the checkpoint's run has trained, averaged where it kept an average; the rest of its state stays behind.
+
+        Args:
+            checkpoint: as it was read.
+            more: this table may train more than the checkpoint's did.
 
         Raises:
             ValueError: the checkpoint is of another parameter table.
         """
-        self.on_load_checkpoint(checkpoint)
+        self.compare(checkpoint, more)
         for name, value in trained_weights(checkpoint).items():
             if self._trainer or self._holds(name):
                 put(parameter := self.get_parameter(name), part_of(parameter, value))
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        self.compare(checkpoint)
+
+    def compare(self, checkpoint: Mapping[str, Any], more: bool = False) -> None:
+        """Raises: ValueError: what the checkpoint's run has trained is not what is trained here, or, if this may be ``more``, not a part
+        of it."""
         saved = {n: tuple(w.shape) for n, w in checkpoint["state_dict"].items() if self._trainer or self._holds(n)}
-        here = {n: shape(p) for n, p in self.trainable().items()}
+        here = {n: shape(p) for n, p in self.trainable().items() if n in saved or not more}
         if names := sorted(n for n in saved.keys() | here.keys() if saved.get(n) != here.get(n)):
             rows, name = ", ".join(sorted({self._row_name(n) for n in names})), names[0]
             how = f"is of shape {saved.get(name)} there and {here.get(name)} here"

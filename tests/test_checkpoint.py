@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mmgen.checkpoint import AtomicCheckpointIO
+from lightning_mmgen.checkpoint import AtomicCheckpointIO, beginning
 from lightning_mmgen.cli import main
 from lightning_mmgen.shards import Piece, Scattered
 
@@ -159,3 +159,35 @@ def test_a_checkpoint_of_another_table_is_refused(experiment: Path, tmp_path: Pa
     shapes = r"rows unet differ in \d+ tensors, first unet.*lora_A.*, is of shape \(2, \d+\) there and \(1, \d+\) here"
     with pytest.raises(ValueError, match=shapes):
         main(["fit", "-c", str(experiment), f"--model.init_args.parameters={rows}", "--ckpt_path=last"])
+
+
+def test_a_fit_may_start_from_one_that_trained_less_and_not_from_one_that_trained_more(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "[{match: encoder, train: frozen}, {match: adapter, train: full, lr: 0.1}, {match: unet, train: frozen}]"
+    less = main(["fit", "-c", str(experiment), f"--model.init_args.parameters={rows}"]).model
+    checkpoint = tmp_path / "runs/tiny/version_0/checkpoints/last.ckpt"
+    steps = ["--trainer.max_steps=0", f"--model.init_args.start={checkpoint}"]
+    more = main(["fit", "-c", str(experiment), *steps]).model
+    assert set(less.trainable()) < set(more.trainable())
+    assert all(torch.equal(more.get_parameter(name), weights) for name, weights in less.trainable().items())
+    main(["fit", "-c", str(experiment)])
+    with pytest.raises(ValueError, match="trained only in the checkpoint"):
+        start = f"--model.init_args.start={checkpoint.parents[2] / 'version_2/checkpoints/last.ckpt'}"
+        main(["fit", "-c", str(experiment), f"--model.init_args.parameters={rows}", start])
+
+
+def test_the_beginning_of_another_fit_has_averaged_weights_and_a_teachers_and_no_optimizer() -> None:
+    names = ("adapter.w", "reference_attention.w")
+    own, mean, first = ({n: torch.full((2,), value) for n in names} for value in (1.0, 2.0, 3.0))
+    callbacks = {"EMA": {"mean": mean}, "CaptionTeacher": {"first": first}, "ModelCheckpoint{'monitor': None}": {"last_model_path": "x"}}
+    checkpoint = {"state_dict": own, "callbacks": callbacks, "optimizer_states": [1], "global_step": 7}
+    found = beginning(checkpoint, without=["reference_attention"])
+    assert found.keys() == {"state_dict", "callbacks"} and found["callbacks"].keys() == {"CaptionTeacher"}
+    assert found["state_dict"]["adapter.w"].tolist() == [2, 2] and found["state_dict"]["adapter.w"].dtype == torch.float16
+    assert found["state_dict"].keys() == found["callbacks"]["CaptionTeacher"]["first"].keys() == {"adapter.w"}
+    assert found["callbacks"]["CaptionTeacher"]["first"]["adapter.w"].tolist() == [3, 3]
+    assert beginning(checkpoint)["state_dict"].keys() == set(names)
+    with pytest.raises(ValueError, match="nothing was trained but adapter, reference_attention"):
+        beginning(checkpoint, without=["adapter", "reference_attention"])

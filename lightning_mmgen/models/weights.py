@@ -1,4 +1,4 @@
-"""Where pretrained parts come from: a hub name, a local folder, or ``toybox/<part>`` for the embedded weights."""
+"""Where pretrained parts come from: a hub name, a local folder or file, or ``toybox/<part>`` for the embedded weights."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ TOYBOX = Path(__file__).parent.parent / "toybox" / "weights"
 
 
 def locate(pretrained: str) -> str:
-    """Turn ``toybox/<part>`` into the embedded folder; anything else passes through to ``from_pretrained``.
+    """Turn ``toybox/<part>`` into the embedded folder or file; anything else passes through to ``from_pretrained``.
 
     Raises:
         FileNotFoundError: no such embedded part, or a path that looks local and is not there.
     """
     if pretrained.startswith("toybox/"):
         folder = TOYBOX / pretrained.removeprefix("toybox/")
-        if not folder.is_dir():
-            known = ", ".join(sorted(f"toybox/{p.name}" for p in TOYBOX.iterdir() if p.is_dir()))
+        if not folder.exists():
+            known = ", ".join(sorted(f"toybox/{p.name}" for p in TOYBOX.iterdir() if p.suffix != ".md"))
             raise FileNotFoundError(f"{pretrained} is not an embedded part; there are {known}")
         return str(folder)
     if pretrained.startswith((".", "/", "~")):

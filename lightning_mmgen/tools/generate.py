@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..answering import VisualInstructionTuning
-from ..checkpoint import AtomicCheckpointIO
+from ..checkpoint import AtomicCheckpointIO, beginning
 from ..module import MultimodalDiffusion
 from ..pipeline import MultimodalPipeline
 from ..prompt import MultimodalPrompt, Reference
@@ -63,8 +64,20 @@ def instantiate_model(config: Path) -> TunedModule:
         raise ValueError(f"{config}: {one_line(error)}") from error
 
 
-def export_checkpoint(ckpt: str, out: str, dtype: str | None = None) -> Path:
-    """Write a checkpoint's model to ``out``; averaged weights where there are any."""
+def export_checkpoint(ckpt: str, out: str, dtype: str | None = None, without: Sequence[str] = ()) -> Path:
+    """Write a checkpoint's model to ``out``; averaged weights where there are any. A file ``NAME.ckpt`` is for the ``start`` of another
+    fit, see :func:`~lightning_mmgen.checkpoint.beginning`.
+
+    Raises:
+        ValueError: parts are to be left out of what is no such file.
+    """
+    if Path(out).suffix == ".ckpt":
+        io = AtomicCheckpointIO()
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        io.save_checkpoint(beginning(io.load_checkpoint(ckpt), without), out)
+        return Path(out)
+    if without:
+        raise ValueError("--without needs an --out FILE.ckpt")
     module, kind = load(ckpt), getattr(torch, dtype) if dtype else None
     if isinstance(module, VisualInstructionTuning):
         return export_vlm(module, out, kind)

@@ -30,9 +30,10 @@ def parser() -> argparse.ArgumentParser:
     edit.add_argument("--mask", metavar="PICTURE", help="white where the picture may change: drift is measured outside it")
     edit.add_argument("--out", required=True, help="a PNG; with several instructions, NAME-1.png, NAME-2.png, ...")
 
-    export = subs.add_parser("export", help="write a checkpoint as a diffusers-style folder")
+    export = subs.add_parser("export", help="write a checkpoint as a diffusers-style folder, or as the start of another fit")
     export.add_argument("--ckpt", required=True)
-    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--out", required=True, metavar="DIR", help="or FILE.ckpt, which the `start` of another fit takes")
+    export.add_argument("--without", nargs="+", default=[], metavar="PART", help="what FILE.ckpt leaves out: reference_attention, say")
     export.add_argument("--dtype", choices=DTYPES, help="of fully trained weights; as trained by default")
 
     merge = subs.add_parser("merge", help="fold the UNet's LoRA into a checkpoint of the same UNet")
@@ -351,7 +352,7 @@ def run(args: argparse.Namespace) -> int:
     from . import generate
 
     if args.command == "export":
-        print(generate.export_checkpoint(args.ckpt, args.out, args.dtype))
+        print(generate.export_checkpoint(args.ckpt, args.out, args.dtype, args.without))
         return 0
     for path in generate.generate(args):
         print(path)

@@ -37,12 +37,13 @@ def _glimpses(rng: np.random.Generator, scene: Scene) -> tuple[Scene, list[Image
     crops of other pictures in the scene's style (their boxes, up to a pixel off)."""
     if rng.random() < 0.5:
         return replace(scene, style="flat"), [_portrait(rng, placed.toy) for placed in scene.toys]
-    crops = []
-    for placed in scene.toys:
-        other = place(rng, (placed.toy,), style=scene.style)
-        box, off = boxes(other)[0], rng.integers(-1, 2, 4)
-        crops.append(picture(other).crop(tuple(int(edge) + int(by) for edge, by in zip(box[1:5], off, strict=True))))  # type: ignore[arg-type]
-    return scene, crops
+    return scene, [_cropped(rng, place(rng, (placed.toy,), style=scene.style)) for placed in scene.toys]
+
+
+def _cropped(rng: np.random.Generator, scene: Scene) -> Image:
+    """The first toy of a scene, cut out of its picture; up to a pixel off."""
+    box, off = boxes(scene)[0], rng.integers(-1, 2, 4)
+    return picture(scene).crop(tuple(int(edge) + int(by) for edge, by in zip(box[1:5], off, strict=True)))  # type: ignore[arg-type]
 
 
 def _record(
@@ -236,7 +237,7 @@ def edit_turn(rng: np.random.Generator, held: bool, turns: int = 5) -> Record:
 
 
 def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Record]:
-    """A multi-turn edit: the target of turn k is the source of turn k + 1."""
+    """A multi-turn edit: the target of turn k is the source of turn k + 1. Its captions say all that the source does not show."""
     scene, name, out = random_scene(rng, held=held), f"s{rng.integers(1 << 40):010x}", []
     for turn in range(turns):
         text, after, k, what = change(rng, scene)
@@ -245,38 +246,53 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
         cover = np.ones((SIDE, SIDE)) if k is None else np.maximum(draw(scene)[1][k], draw(after)[1][k])
         shown = tuple((i, 1) for i in range(len(scene.toys)))
         refs = [Reference(1, picture(scene), "picture", "source")]
-        out.append(
-            _record(
-                "edit",
-                EDIT.format(text),
-                after,
-                refs,
-                Truth(after, shown, sizes=True, style=True, edited=what),
-                source_caption=scene.caption(),
-                mask=_mask(cover),
-                session=name,
-                turn=turn,
-            )
-        )
+        truth = Truth(after, shown, sizes=True, style=True, edited=what)
+        more = {"source_caption": scene.caption(), "mask": _mask(cover), "session": name, "turn": turn}
+        record = _record("edit", EDIT.format(text), after, refs, truth, **more)
+        out.append(replace(record, description=None, foil=None))
         scene = after
     return out
 
 
 def retrieval(rng: np.random.Generator, held: bool) -> Record:
-    """Three neighbours as context: other pictures of the target's first toy, or of all its toys, on its background and in its style, with
-    their captions as phrases. Captions are as the web has them, the target's too: they name the first toy wholly, by its shape, or only
-    as a toy, and background and style in half of the cases each. What a caption leaves out, the context shows."""
-    scene = random_scene(rng, held=held)
+    """Three neighbours as context, with their captions as phrases. In two of three clusters they have the target's first toy, or all its
+    toys, on its background and in its style: other pictures, or close-ups. In the others they have all its toys where it has them, on
+    other backgrounds and in other styles. Captions are as the web has them, the target's too: they name the first toy wholly, by its
+    shape, or only as a toy, and leave out background and style in half of the cases each, or where and how large the toys are. What a
+    caption leaves out, the context shows."""
+    scene, alike = random_scene(rng, held=held), bool(rng.random() < 2 / 3)
     toys = tuple(placed.toy for placed in scene.toys)
 
     def said(scene: Scene) -> str:
         names = [str(rng.choice([toys[0].words(), toys[0].shape, "toy"])), *(p.toy.words() for p in scene.toys[1:])]
-        return scene.caption(names, background=bool(rng.random() < 0.5), style=bool(rng.random() < 0.5))
+        if alike:
+            return scene.caption(names, background=bool(rng.random() < 0.5), style=bool(rng.random() < 0.5))
+        placed, sizes = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
+        return (scene if placed else replace(scene, place="and" if len(names) == 2 else "")).caption(names, sizes=sizes)
 
-    near = [place(rng, toys[: int(rng.integers(1, 3))], scene.background, scene.style) for _ in range(3)]
-    refs, told = [Reference(k + 1, picture(other), said(other), "neighbour") for k, other in enumerate(near)], said(scene)
-    record = _record("retrieval", in_context(refs, told), scene, refs, Truth(scene, ((0, 1),), True, True), told)
+    near = [_alike(rng, scene) if alike else _arranged(rng, scene) for _ in range(3)]
+    refs, told = [Reference(k + 1, image, said(other), "neighbour") for k, (other, image) in enumerate(near)], said(scene)
+    shown = tuple((k, 1) for k in range(1 if alike else len(toys)))
+    pictured = () if alike else ("sizes",)
+    record = _record("retrieval", in_context(refs, told), scene, refs, Truth(scene, shown, True, True), told, pictured)
     return replace(record, caption=told)
+
+
+def _alike(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Image]:
+    """Another picture of a scene's first toy, or of all its toys, and what it shows; half of those of one toy are close-ups."""
+    toys = tuple(placed.toy for placed in scene.toys)
+    other = place(rng, toys[: int(rng.integers(1, 3))], scene.background, scene.style)
+    if len(other.toys) == 2 or rng.random() < 0.5:
+        return other, picture(other)
+    return replace(other, toys=(replace(other.toys[0], size="large"),), place="in the centre"), _cropped(rng, other)
+
+
+def _arranged(rng: np.random.Generator, scene: Scene) -> tuple[Scene, Image]:
+    """Another picture of a scene's toys where they are, and what it shows."""
+    ground = place(rng, tuple(placed.toy for placed in scene.toys))
+    toys = tuple(replace(p, x=p.x + rng.uniform(-1, 1), y=p.y + rng.uniform(-1, 1)) for p in scene.toys)
+    other = replace(scene, toys=toys, background=ground.background, style=ground.style)
+    return other, picture(other)
 
 
 def question(rng: np.random.Generator, held: bool, kinds: tuple[str, ...] | None = None) -> Record:
