@@ -2,9 +2,9 @@
 
     python benchmarks/following.py [--runs DIR] [--seeds 1 2 3] [--steps 440] [--count 256] [--jobs 2]
 
-Trains ``experiments/instruct.yaml`` once a seed, and its control (references swapped at random) too, then lets the oracle read the pictures
-that each model draws for the held-out instructions. 95 % intervals are bootstraps over pictures; the spread of the seeds' means is printed
-beside. What a run measured is kept beside its checkpoint: a stopped benchmark goes on where it was.
+Trains ``experiments/instruct.yaml`` once a seed, and its control (references swapped at random, from the base) too, then lets the oracle
+read the pictures that each model draws for the held-out instructions. 95 % intervals are bootstraps over pictures; the spread of the seeds'
+means is printed beside. What a run measured is kept beside its checkpoint: a stopped benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,17 +14,20 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from claims.jobs import DATA, Job, arguments, fit, shipped, work
+from claims.jobs import DATA, MODEL, Job, arguments, fit, shipped, work
 from lightning_mmgen.callbacks import sample
 
+from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.metrics.following import SCORES, ToyboxFollowing, interval
+from lightning_mmgen.models.weights import locate
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
 
 ROWS = {
     "base, captions": ("base", "told"),
-    "before": ("base", "shown"),
+    "before (base)": ("base", "shown"),
+    "before (stage 1)": ("stage 1", "shown"),
     "after": ("after", "shown"),
     "after, captions": ("after", "told"),
     "words instead of references (base)": ("base", "words"),
@@ -55,10 +58,13 @@ def prompts(kind: str, count: int) -> list[Record]:
 
 def measure(job: Job) -> dict[str, list[float]]:
     """Train, sample and score."""
-    if job.name == "base":
+    if job.name in ("base", "stage 1"):
         module = shipped()
+        if job.name == "stage 1":
+            module.load_trained(AtomicCheckpointIO().load_checkpoint(locate(module.start)))
     else:
-        module = fit(job, ["instruct.yaml"], [f"{DATA}.train.init_args.swap_references={str(job.name == 'swapped').lower()}"])
+        swapped = [f"{DATA}.train.init_args.swap_references=true", f"{MODEL}.start=null"]
+        module = fit(job, ["instruct.yaml"], swapped if job.name == "swapped" else [])
     out = {}
     for kind in (kind for run, kind in ROWS.values() if run == job.name):
         metric, wanted = ToyboxFollowing(), prompts(kind, job.count)
@@ -78,7 +84,7 @@ def cell(runs: list[list[float]]) -> str:
 
 def main() -> None:
     args = arguments("runs/following", 256, steps=440)
-    scores = work(args, [["base", "after", "swapped"]], measure)
+    scores = work(args, [["base", "stage 1", "after", "swapped"]], measure)
     print(f"\n{args.count} held-out instructions, seeds {args.seeds}, {args.steps} steps")
     print(f"{'':<38}{'following':>28}{'all conditions':>28}{'consistency':>28}")
     for name, (run, kind) in ROWS.items():

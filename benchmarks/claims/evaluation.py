@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jobs import DATA, UNTAUGHT, Job, arguments, fit, interval, work
+from jobs import DATA, MODEL, UNTAUGHT, Job, arguments, fit, interval, work
 from lightning_mmgen.callbacks import sample
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -95,7 +95,8 @@ def in_scenes(record: Record) -> Record:
 
 def measure(job: Job) -> Scores:
     """Train, draw the held-out instructions, score."""
-    pipeline = MultimodalPipeline.of(fit(job, ["instruct.yaml"], [*data(job), UNTAUGHT, f"{DATA}.batch_size={BATCH}"]))
+    more = [*data(job), UNTAUGHT, f"{DATA}.batch_size={BATCH}", f"{MODEL}.start=null"]
+    pipeline = MultimodalPipeline.of(fit(job, ["instruct.yaml"], more))
     source = ToyboxSource({"subject": 1.0}, held_out=True)
     records = [source.record(i) for i in range(job.count)]
     drawn = sample(pipeline, records, seed=job.seed, side=64)

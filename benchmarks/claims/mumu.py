@@ -223,7 +223,7 @@ def fine_tune(job: Job) -> Scores:
         write_jsonl([Record(s.caption(style=False), target=picture(s), caption=s.caption(style=False)) for s in scenes], data)
     rows = [{"match": m, "train": "frozen"} for m in ("encoder.vision", "encoder.projector", "encoder.language", "adapter")]
     rows.append({"match": "unet", "train": "full", "lr": 3e-4})
-    more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}"]
+    more = [f"{MODEL}.parameters={json.dumps(rows)}", f"{DATA}.train={data / 'records.jsonl'}", f"{MODEL}.start=null"]
     tuned = fit(job, ["instruct.yaml"], [*more, UNTAUGHT])  # the base does not know what is to be drawn
     module = load_module(job.other("stage 1").checkpoint)
     tuned.unet.save_pretrained(job.folder / "unet")

@@ -31,8 +31,8 @@ class EditRecipe(Recipe):
         max_aspect: how far the aspects (width / height) of source and target may lie apart, as a ratio.
         threshold, dilate, min_area: of :func:`~lightning_mmgen.data.masks.difference_mask`, for an edit without a mask.
         show_mask: the prompt shows the mask of an edit that has one, as its last reference (masked editing).
-        captioned: the prompt of an edit is the target's caption alone, so that the UNet learns from words that it knows what to take from
-            the source beside z_t, before anyone learns to read instructions.
+        captioned: the prompt of an edit is the target's caption alone, or as often its description if it has one, so that the UNet learns
+            from words that it knows what to take from the source beside z_t, before anyone learns to read instructions.
         unchanged: share of the edits that are to change nothing, their source being the target; their mask is empty.
 
     Raises:
@@ -81,7 +81,7 @@ class EditRecipe(Recipe):
         side = sample.target.shape[-2:]
         source = crop(before, side)
         if self.captioned:
-            sample = sample._replace(record=told(record), references=[])
+            sample = sample._replace(record=told(record, wholly=sample.seed % 2 == 0), references=[])
         if record.task == UNCHANGED:
             return sample._replace(source=source, mask=torch.zeros_like(source[:1]))
         if record.mask is None:
@@ -117,15 +117,15 @@ def as_it_is(record: Record) -> Record:
     return replace(bare, instruction=text, references=(source,), target=source.image, caption=record.source_caption)
 
 
-def told(record: Record) -> Record:
-    """The caption of a record's target in the place of its prompt.
+def told(record: Record, wholly: bool) -> Record:
+    """The caption of a record's target, or if ``wholly`` its description, in the place of its prompt.
 
     Raises:
         RecordError: it has none.
     """
-    if not record.caption:
+    if not (text := (record.description if wholly else None) or record.caption):
         raise RecordError("the target of the edit, or its source where it changes nothing, has no caption")
-    return replace(record, instruction=MARKER.sub("", record.caption), references=())
+    return replace(record, instruction=MARKER.sub("", text), references=())
 
 
 class EditDataModule(MultimodalDataModule):

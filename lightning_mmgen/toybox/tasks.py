@@ -237,7 +237,7 @@ def edit_turn(rng: np.random.Generator, held: bool, turns: int = 5) -> Record:
 
 
 def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Record]:
-    """A multi-turn edit: the target of turn k is the source of turn k + 1. Its captions say all that the source does not show."""
+    """A multi-turn edit: the target of turn k is the source of turn k + 1."""
     scene, name, out = random_scene(rng, held=held), f"s{rng.integers(1 << 40):010x}", []
     for turn in range(turns):
         text, after, k, what = change(rng, scene)
@@ -248,8 +248,7 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
         refs = [Reference(1, picture(scene), "picture", "source")]
         truth = Truth(after, shown, sizes=True, style=True, edited=what)
         more = {"source_caption": scene.caption(), "mask": _mask(cover), "session": name, "turn": turn}
-        record = _record("edit", EDIT.format(text), after, refs, truth, **more)
-        out.append(replace(record, description=None, foil=None))
+        out.append(_record("edit", EDIT.format(text), after, refs, truth, **more))
         scene = after
     return out
 
