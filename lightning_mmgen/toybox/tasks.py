@@ -267,7 +267,8 @@ def retrieval(rng: np.random.Generator, held: bool) -> Record:
         if alike:
             return scene.caption(names, background=bool(rng.random() < 0.5), style=bool(rng.random() < 0.5))
         placed, sizes = bool(rng.random() < 0.5), bool(rng.random() < 0.5)
-        return (scene if placed else replace(scene, place="and" if len(names) == 2 else "")).caption(names, sizes=sizes)
+        stated = scene if placed else replace(scene, place="and" if len(names) == 2 else "")
+        return " ".join(stated.caption(names, sizes=sizes).split())
 
     near = [_alike(rng, scene) if alike else _arranged(rng, scene) for _ in range(3)]
     refs, told = [Reference(k + 1, image, said(other), "neighbour") for k, (other, image) in enumerate(near)], said(scene)
