@@ -38,7 +38,7 @@ def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_claims_keep_what_a_recipe_learns_by_and_leave_out_the_rest(files: list[str], learning: list[str]) -> None:
     jobs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/claims/jobs.py"))
-    assert [c["class_path"] for c in jobs["_learning"](files)] == learning
+    assert [c["class_path"] for c in jobs["learning"](files)] == learning
 
 
 def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:

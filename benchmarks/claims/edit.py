@@ -1,12 +1,12 @@
 """What the consistency penalty does to edits, measured on the toybox by its oracle (the post on edits without instruction drift).
 
-    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--steps 760] [--count 96] [--jobs 2] [--plot docs/edit.png]
+    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--alignment 1500] [--steps 760] [--count 96] [--jobs 2] [--plot PNG]
 
-Trains ``experiments/edit_instruction.yaml`` at the toybox's size without the penalty, with each of its terms and with all of them, once a
-seed; over a sweep of the spatial term's weight for the first seed alone. Edits held-out scenes: local edits, global ones (background,
-style), and five turns on the model's own pictures. Success stands beside drift: a copy of the source drifts least. Then
-``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned checkpoint and from the base (Instruct-Imagen,
-Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
+Trains ``experiments/edit_alignment.yaml`` at the toybox's size once, and from there ``experiments/edit_instruction.yaml`` without the
+penalty, with each of its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
+Edits held-out scenes: local edits, global ones (background, style), and five turns on the model's own pictures. Success stands beside
+drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned
+checkpoint and from the base (Instruct-Imagen, Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
-from jobs import AVERAGE, MODEL, Job, arguments, claim, fit, shipped, work
+from jobs import MODEL, Job, arguments, claim, fit, learning, shipped, work
 from lightning_mmgen.callbacks import sample
 from rated import overall, rate
 
@@ -30,12 +30,15 @@ from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.oracle import score
 from lightning_mmgen.toybox.tasks import edit_session
 
-TOYBOX = ["edit_instruction.yaml", *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_edits", "toybox_edit_instruction"))]
+STAGES = ("edit_alignment", "edit_instruction")
+ALIGNMENT, TOYBOX = ([f"{f}.yaml", *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_edits", f"toybox_{f}"))] for f in STAGES)
 MASKED, INSTRUCTED = (
     [f, *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_references", "references_both"))]
     for f in ("edit_magicbrush.yaml", "instruct_imagen_sdxl.yaml")
 )
 TURNS = 5
+ALIGNED = 7
+"""The seed of the one alignment that all edits start from."""
 TERMS: dict[str, dict[str, float]] = {
     "no penalty": {},
     "all": {"spatial": 1.0, "temporal": 0.5, "turns": 0.5},
@@ -52,18 +55,22 @@ Rated = dict[str, list[tuple[float, float]]]
 
 def measure(job: Job) -> Scores | Rated:
     """Train and measure; ``before`` is the base as it is."""
+    aligned = job._replace(name="alignment", seed=ALIGNED).checkpoint
+    if job.name == "alignment":
+        fit(job, ALIGNMENT, [f"{MODEL}.start=null"])
+        return {}
     if job.name == "instruction tuning":
-        fit(job, INSTRUCTED, [f"{MODEL}.start=null"])
+        fit(job, INSTRUCTED, [f"{MODEL}.start=toybox/retrieval.ckpt"])
         return {}
     if job.name.startswith("masked"):
         return masked(job)
     if job.name == "before":
         module = shipped(TOYBOX, f"{MODEL}.start=null")
     else:
-        callbacks = [AVERAGE]
+        callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
         if terms := PENALTIES[job.name]:
             callbacks.append({"class_path": "ConsistencyPenalty", "init_args": OFF | terms})
-        module = fit(job, TOYBOX, [f"{MODEL}.start=null", f"--trainer.callbacks={json.dumps(callbacks)}"])
+        module = fit(job, TOYBOX, [f"{MODEL}.start={aligned}", f"--trainer.callbacks={json.dumps(callbacks)}"])
     pipeline = MultimodalPipeline.of(module)
     sessions = [edit_session(np.random.default_rng((4, i)), True, TURNS) for i in range(job.count)]
     scores = one_turn(pipeline, [turns[0] for turns in sessions], job.seed)
@@ -143,7 +150,9 @@ def plot(found: dict[str, Scores], path: str) -> None:
 
 def edits(args: argparse.Namespace) -> None:
     """The penalty's terms, the sweep and its plot, and the claims about them."""
-    first = argparse.Namespace(**{**vars(args), "seeds": args.seeds[:1]})
+    aligned, first = argparse.Namespace(**vars(args)), argparse.Namespace(**{**vars(args), "seeds": args.seeds[:1]})
+    aligned.seeds, aligned.steps, aligned.jobs = [ALIGNED], args.alignment, 1
+    work(aligned, [["alignment"]], measure)
     scores = work(args, [["before", *TERMS]], measure) | work(first, [[*SWEEP]], measure)
     found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in ("before", *TERMS, *SWEEP)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
@@ -176,6 +185,7 @@ def masked_edits(args: argparse.Namespace) -> None:
 
 def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
+    more.add_argument("--alignment", type=int, default=1500, help="optimizer steps of stage 1")
     more.add_argument("--plot", default="docs/edit.png")
     args = arguments("runs/claims/edit", 96, more, steps=760)
     edits(args)

@@ -60,7 +60,7 @@ def fit(job: Job, files: list[str], more: list[str]) -> Any:
     """One training, the rest of one that was stopped, or what it left."""
     if (done := steps_done(job)) < job.steps:
         args = [*_layers(files), f"--seed_everything={job.seed}", f"{DATA}.seed={job.seed}", f"--trainer.max_steps={job.steps}"]
-        args += [f"--trainer.callbacks={json.dumps(_learning(files))}", "--trainer.enable_progress_bar=false"]
+        args += [f"--trainer.callbacks={json.dumps(learning(files))}", "--trainer.enable_progress_bar=false"]
         run = (("save_dir", job.folder.parent), ("name", job.folder.name), ("version", "run"))
         args += [f"--trainer.logger.init_args.{k}={v}" for k, v in run]
         args += [f"--ckpt_path={job.checkpoint}"] if done else []
@@ -84,7 +84,7 @@ def _layers(files: Sequence[str]) -> list[str]:
     return [x for f in files for x in ("-c", str(EXPERIMENTS / f))]
 
 
-def _learning(files: Sequence[str]) -> list[Any]:
+def learning(files: Sequence[str]) -> list[Any]:
     """The callbacks by which these experiments learn; what they evaluate and save is not asked for here."""
     given = [OmegaConf.select(OmegaConf.load(EXPERIMENTS / f), "trainer.callbacks") for f in files]
     last = [own for own in given if own is not None][-1]
