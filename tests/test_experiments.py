@@ -20,7 +20,8 @@ from lightning_mmgen.batch import Batch, Edit, PackedImages
 from lightning_mmgen.cli import main
 from lightning_mmgen.data.instructions import DATA_SETS
 from lightning_mmgen.losses import DenoisingStep
-from lightning_mmgen.models.weights import TOYBOX
+from lightning_mmgen.models.adapter import Adapter
+from lightning_mmgen.models.weights import TOYBOX, locate
 from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
 from lightning_mmgen.tools.main import main as mmgen
 from lightning_mmgen.toybox.pretrain import VAEPretraining
@@ -87,6 +88,22 @@ def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     own += ["overlays/toybox_references.yaml"] if "reference_attention" in text else []
     own += ["overlays/toybox_edits.yaml"] if "source_latents: true" in text else []
     step_on_the_toybox([recipe.name, *own, f"overlays/toybox_{recipe.stem}.yaml"])
+
+
+def test_the_five_minutes_start_from_the_embedded_stage_1_and_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    callbacks = json.dumps([{"class_path": "CaptionTeacher", "init_args": {"pooled": 1.0}}])
+    more = ["--trainer.max_steps=0", "--data.init_args.workers=0", f"--trainer.callbacks={callbacks}", "--trainer.logger=false"]
+    more.append("--model.init_args.schedule.decay=constant")
+    model = main(["fit", "-c", str(EXPERIMENTS / "instruct.yaml"), *more]).model
+    stage_1 = torch.load(locate("toybox/retrieval.ckpt"), weights_only=True)
+    base = Adapter.from_pretrained(locate("toybox/adapter")).state_dict()
+    assert set(stage_1["state_dict"]) == set(model.trainable())
+    assert all(torch.equal(model.get_parameter(name), weights.float()) for name, weights in stage_1["state_dict"].items())
+    (teacher,) = model.terms()
+    own = {name.removeprefix("adapter."): weights for name, weights in teacher.first.items() if name.startswith("adapter.")}
+    assert own.keys() == base.keys() and all(torch.equal(own[name].float(), weights.float()) for name, weights in base.items())
+    assert any(not torch.equal(model.adapter.state_dict()[name], weights.float()) for name, weights in base.items())
 
 
 @pytest.fixture(scope="module")
