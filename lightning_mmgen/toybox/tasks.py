@@ -91,10 +91,12 @@ def measured(rng: np.random.Generator, held: bool, twin: bool = False, alone: bo
     return _record("measured", str(rng.choice(PREFIXES)) + told, scene, [], Truth(scene, (), sizes, style), told)
 
 
-def subject(rng: np.random.Generator, held: bool, toys: int | None = None) -> Record:
-    """The toys are shown, not named: another picture of each, and words for place and background."""
+def subject(rng: np.random.Generator, held: bool, toys: int | None = None, kinds: bool = False) -> Record:
+    """The toys are shown, not named: another picture of each, and words for place and background. ``kinds``: the words say which shape each
+    toy has, as captions of photographs do ("a [ref#1] vase")."""
     scene = replace(random_scene(rng, held=held, toys=toys), style="flat")
     phrases = ["toy" if u < 0.7 else "" if u < 0.85 else p.toy.shape for u, p in zip(rng.random(2), scene.toys, strict=False)]
+    phrases = [p.toy.shape for p in scene.toys] if kinds else phrases
     names = [f"[ref#{k + 1}] {phrase}".strip() for k, phrase in enumerate(phrases)]
     refs = [Reference(k + 1, _portrait(rng, p.toy), phrase) for k, (p, phrase) in enumerate(zip(scene.toys, phrases, strict=True))]
     sizes, where = bool(rng.random() < 0.3), len(names) == 1 or bool(rng.random() < 0.85)
@@ -176,7 +178,8 @@ def control(rng: np.random.Generator, held: bool, kind: str | None = None) -> Re
 
 def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], toys: int | None = None) -> Record:
     """Several conditions at once, each by a picture of its own, in the order of ``shows``: ``subject`` (one for each toy), ``style``, a
-    kind of control (``mask``, say); what no picture shows is told. Instruct-Imagen, section 5: no task of its training has two of them."""
+    kind of control (``mask``, say); what no picture shows is told, and of subjects their shapes. Instruct-Imagen, section 5: no task of
+    its training has two of them."""
     scene = random_scene(rng, held=held, toys=toys)
     if "style" not in shows:
         scene = replace(scene, style="flat")
@@ -186,8 +189,8 @@ def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], to
     for what in shows:
         k = len(refs) + 1
         if what == "subject":
-            refs += [Reference(k + i, _portrait(rng, p.toy), "toy") for i, p in enumerate(scene.toys)]
-            names = [f"[ref#{k + i}] toy" for i in range(len(scene.toys))]
+            refs += [Reference(k + i, _portrait(rng, p.toy), p.toy.shape) for i, p in enumerate(scene.toys)]
+            names = [f"[ref#{k + i}] {p.toy.shape}" for i, p in enumerate(scene.toys)]
             shown = tuple((i, k + i) for i in range(len(scene.toys)))
         elif what == "style":
             refs.append(Reference(k, picture(replace(random_scene(rng), style=scene.style)), "style", "style"))
@@ -196,7 +199,7 @@ def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], to
             refs.append(Reference(k, control_image(scene, what), what, what))
             said.append(f"following the [ref#{k}] {what} image")
     asked = " ".join(["Generate an image", *said, "with the caption:"])
-    told = scene.caption(["toy"] * len(names) if shown else names, sizes=False, style=False)
+    told = scene.caption([p.toy.shape for p in scene.toys] if shown else names, sizes=False, style=False)
     truth = Truth(scene, shown, sizes=bool(set(shows) - {"subject", "style"}), style="style" in shows)
     return _record("composition", f"{asked} {scene.caption(names, sizes=False, style=False)}", scene, refs, truth, told)
 
@@ -389,9 +392,9 @@ COMPOSITIONS: dict[str, Callable[[np.random.Generator, bool], Record]] = {
 """What Instruct-Imagen is tried on without training (its section 5 and Figure 1); training shows ``one subject`` at most."""
 
 ALL_TASKS = TASKS | COMPOSITIONS | {kind: partial(control, kind=kind) for kind in ("edge", "mask", "depth", "sketch")}
-ALL_TASKS |= {"one subject": partial(subject, toys=1), "edit turn": edit_turn}
+ALL_TASKS |= {"one subject": partial(subject, toys=1, kinds=True), "edit turn": edit_turn}
 ALL_TASKS |= {"measured twin": partial(measured, twin=True), "measured alone": partial(measured, alone=True)}
 ALL_TASKS |= {"measured alone twin": partial(measured, twin=True, alone=True)}
 ALL_TASKS |= {"short question": partial(question, kinds=("colour", "shape", "count", "where"))}
-"""And ``control`` with one kind of picture alone, ``subject`` with one toy, ``edit`` at any turn, ``measured`` with twins and of one toy,
-``question`` with answers of a word or a few, and the compositions."""
+"""And ``control`` with one kind of picture alone, ``subject`` with one toy whose shape is said, ``edit`` at any turn, ``measured`` with
+twins and of one toy, ``question`` with answers of a word or a few, and the compositions."""
