@@ -1,6 +1,6 @@
 """What Instruct-Imagen's paper found, measured on the toybox by its oracle (Hu et al. 2024, Figure 4 and Table 3).
 
-    python benchmarks/claims/instruct_imagen.py [--runs DIR] [--seeds 1 2 3] [--stage-1 2800] [--steps 400] [--count 32] [--jobs 2]
+    python benchmarks/claims/instruct_imagen.py [--runs DIR] [--seeds 1 2 3] [--stage-1 2800] [--steps 240] [--count 32] [--jobs 2]
 
 Trains stage 1 of ``experiments/retrieval.yaml`` at the toybox's size once, then stage 2 of ``experiments/instruct_imagen_sdxl.yaml`` and
 the baselines (no instructions, one task at a time, no stage 1) once a seed. Prints SC, PQ and O per task and composition for every model,
@@ -114,7 +114,7 @@ def table(found: dict[str, list[Scores]]) -> None:
 def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
     more.add_argument("--stage-1", type=int, default=2800, help="optimizer steps of stage 1")
-    args = arguments("runs/claims/instruct_imagen", 32, more, steps=400)
+    args = arguments("runs/claims/instruct_imagen", 32, more, steps=240)
     work(argparse.Namespace(**{**vars(args), "seeds": [STAGE_1], "steps": args.stage_1, "jobs": 1}), [["retrieval"]], measure)
     scores = work(args, [["full", "no retrieval", "multi-task", *(f"only {task}" for task in TASKS)]], measure)
     found = {model: [scores[model, s] for s in args.seeds] for model in MODELS}

@@ -250,7 +250,7 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
         shown = tuple((i, 1) for i in range(len(scene.toys)))
         refs = [Reference(1, picture(scene), "picture", "source")]
         truth = Truth(after, shown, sizes=True, style=True, edited=what)
-        more = {"source_caption": scene.caption(), "mask": _mask(cover), "session": name, "turn": turn}
+        more: dict[str, Any] = {"source_caption": scene.caption(), "mask": _mask(cover), "session": name, "turn": turn}
         out.append(_record("edit", EDIT.format(text), after, refs, truth, **more))
         scene = after
     return out
