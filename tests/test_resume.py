@@ -13,6 +13,7 @@ SMALL = """
 model:
   class_path: MultimodalDiffusion
   init_args:
+    start: null
     parameters:
       - {match: encoder.vision, train: frozen}
       - {match: encoder.projector, train: lora, rank: 2, lr: 1.0e-3, dropout: 0.2}
