@@ -9,13 +9,12 @@ spread of the seeds' means is printed beside. What a run measured is kept beside
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from dataclasses import replace
 
 import numpy as np
 import torch
-from claims.jobs import DATA, MODEL, Job, arguments, fit, shipped, work
+from claims.jobs import DATA, MODEL, Job, arguments, first_seed, fit, shipped, work
 from lightning_mmgen.callbacks import sample
 
 from lightning_mmgen.checkpoint import AtomicCheckpointIO
@@ -85,8 +84,7 @@ def cell(runs: list[list[float]]) -> str:
 
 def main() -> None:
     args = arguments("runs/following", 256, steps=520)
-    first = argparse.Namespace(**{**vars(args), "seeds": args.seeds[:1]})
-    scores = work(args, [["after"]], measure) | work(first, [["base", "stage 1", "swapped"]], measure)
+    scores = work(args, [["after"]], measure) | work(first_seed(args), [["base", "stage 1", "swapped"]], measure)
     print(f"\n{args.count} held-out instructions, seeds {args.seeds}, {args.steps} steps")
     print(f"{'':<38}{'following':>28}{'all conditions':>28}{'consistency':>28}")
     for name, (run, kind) in ROWS.items():

@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
-from jobs import MODEL, Job, arguments, claim, fit, learning, shipped, work
+from jobs import MODEL, Job, arguments, claim, first_seed, fit, learning, share, shipped, work
 from lightning_mmgen.callbacks import sample
 from rated import overall, rate
 
@@ -37,8 +37,6 @@ MASKED, INSTRUCTED = (
     for f in ("edit_magicbrush.yaml", "instruct_imagen_sdxl.yaml")
 )
 TURNS = 5
-ALIGNED = 7
-"""The seed of the one alignment that all edits start from."""
 TERMS: dict[str, dict[str, float]] = {
     "no penalty": {},
     "all": {"spatial": 1.0, "temporal": 0.5, "turns": 0.5},
@@ -55,7 +53,6 @@ Rated = dict[str, list[tuple[float, float]]]
 
 def measure(job: Job) -> Scores | Rated:
     """Train and measure; ``before`` is the base as it is."""
-    aligned = job._replace(name="alignment", seed=ALIGNED).checkpoint
     if job.name == "alignment":
         fit(job, ALIGNMENT, [f"{MODEL}.start=null"])
         return {}
@@ -70,7 +67,7 @@ def measure(job: Job) -> Scores | Rated:
         callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
         if terms := PENALTIES[job.name]:
             callbacks.append({"class_path": "ConsistencyPenalty", "init_args": OFF | terms})
-        module = fit(job, TOYBOX, [f"{MODEL}.start={aligned}", f"--trainer.callbacks={json.dumps(callbacks)}"])
+        module = fit(job, TOYBOX, [f"{MODEL}.start={job.shared('alignment').checkpoint}", f"--trainer.callbacks={json.dumps(callbacks)}"])
     pipeline = MultimodalPipeline.of(module)
     sessions = [edit_session(np.random.default_rng((4, i)), True, TURNS) for i in range(job.count)]
     scores = one_turn(pipeline, [turns[0] for turns in sessions], job.seed)
@@ -150,10 +147,8 @@ def plot(found: dict[str, Scores], path: str) -> None:
 
 def edits(args: argparse.Namespace) -> None:
     """The penalty's terms, the sweep and its plot, and the claims about them."""
-    aligned, first = argparse.Namespace(**vars(args)), argparse.Namespace(**{**vars(args), "seeds": args.seeds[:1]})
-    aligned.seeds, aligned.steps, aligned.jobs = [ALIGNED], args.alignment, 1
-    work(aligned, [["alignment"]], measure)
-    scores = work(args, [["before", *TERMS]], measure) | work(first, [[*SWEEP]], measure)
+    share(args, "alignment", args.alignment, measure)
+    scores = work(args, [["before", *TERMS]], measure) | work(first_seed(args), [[*SWEEP]], measure)
     found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in ("before", *TERMS, *SWEEP)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
     for name, runs in found.items():

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jobs import DATA, MODEL, Job, arguments, claim, fit, work
+from jobs import DATA, MODEL, Job, arguments, claim, fit, share, work
 from lightning_mmgen.callbacks import grid, sample
 from PIL.Image import Image
 from rated import overall, rate
@@ -32,8 +32,6 @@ from lightning_mmgen.toybox.tasks import COMPOSITIONS
 TOYBOX = ("overlays/toybox.yaml", "overlays/toybox_references.yaml", "overlays/references_both.yaml")
 TASKS = {name: DATA_SETS[name] for name in ("internal", "depth", "mask", "edge", "sketch", "subjects", "styled", "style_transfer")}
 """The in-domain tasks, each by the first data set that has it."""
-STAGE_1 = 7
-"""The seed of the one stage 1 that all runs start from."""
 MODELS = ("full", "no retrieval", "multi-task")
 Scores = dict[str, list[tuple[float, float]]]  # by task: SC and PQ of every picture
 
@@ -42,7 +40,7 @@ Scores = dict[str, list[tuple[float, float]]]  # by task: SC and PQ of every pic
 
 def measure(job: Job) -> dict[str, Any]:
     """Train and measure."""
-    stage_1, task = f"{MODEL}.start={stage_1_of(job).checkpoint}", job.name.removeprefix("only ")
+    stage_1, task = f"{MODEL}.start={job.shared('retrieval').checkpoint}", job.name.removeprefix("only ")
     if job.name == "retrieval":
         fit(job, ["retrieval.yaml", *TOYBOX, "overlays/toybox_retrieval.yaml"], [])
         return {}
@@ -59,11 +57,6 @@ def measure(job: Job) -> dict[str, Any]:
     if job.name == "full":
         page(module, job.seed).save(job.folder / "pictures.png")
     return scores | {"seconds a picture": seconds}
-
-
-def stage_1_of(job: Job) -> Job:
-    """What a job starts from."""
-    return job._replace(name="retrieval", seed=STAGE_1)
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------------
@@ -115,7 +108,7 @@ def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
     more.add_argument("--stage-1", type=int, default=2800, help="optimizer steps of stage 1")
     args = arguments("runs/claims/instruct_imagen", 32, more, steps=240)
-    work(argparse.Namespace(**{**vars(args), "seeds": [STAGE_1], "steps": args.stage_1, "jobs": 1}), [["retrieval"]], measure)
+    share(args, "retrieval", args.stage_1, measure)
     scores = work(args, [["full", "no retrieval", "multi-task", *(f"only {task}" for task in TASKS)]], measure)
     found = {model: [scores[model, s] for s in args.seeds] for model in MODELS}
     single = []

@@ -28,6 +28,8 @@ MODEL, DATA = "--model.init_args", "--data.init_args"
 AVERAGE: dict[str, Any] = {"class_path": "EMA", "init_args": {"decay": 0.99}}
 UNTAUGHT = f"--trainer.callbacks={json.dumps([AVERAGE])}"
 """Of a training that learns by its targets alone."""
+SHARED = 7
+"""The seed of a training that all seeds of a benchmark start from."""
 
 
 class Job(NamedTuple):
@@ -51,6 +53,10 @@ class Job(NamedTuple):
     def other(self, name: str) -> Job:
         """The job of this name with the same seed."""
         return self._replace(name=name)
+
+    def shared(self, name: str) -> Job:
+        """The job of this name that all seeds start from."""
+        return self._replace(name=name, seed=SHARED)
 
     def scores(self) -> Any:
         return json.loads((self.folder / "scores.json").read_text())
@@ -134,6 +140,16 @@ def work(args: argparse.Namespace, waves: list[list[str]], measure: Callable[[Jo
                     done.result()
                 out |= {(job.name, seed): job.scores() for job in jobs}
     return out
+
+
+def share(args: argparse.Namespace, name: str, steps: int, measure: Callable[[Job], Any]) -> None:
+    """Do the one job that all seeds start from."""
+    work(argparse.Namespace(**vars(args) | {"seeds": [SHARED], "steps": steps, "jobs": 1}), [[name]], measure)
+
+
+def first_seed(args: argparse.Namespace) -> argparse.Namespace:
+    """The same benchmark for its first seed alone."""
+    return argparse.Namespace(**vars(args) | {"seeds": args.seeds[:1]})
 
 
 def interval(values: list[float]) -> tuple[float, float]:
