@@ -10,6 +10,7 @@ from .drift import DriftEvaluation
 from .edits import EditEvaluation
 from .ema import EMA, evaluation
 from .following import FollowingEvaluation
+from .gate_mask import GateMask
 from .gradient_norm import GradientNorm
 from .held_out import HeldOut, held_out, held_out_parts, sample
 from .language import LanguageEvaluation
@@ -41,6 +42,7 @@ __all__ = [
     "EditEvaluation",
     "Evaluation",
     "FollowingEvaluation",
+    "GateMask",
     "GradientNorm",
     "HeldOut",
     "LanguageEvaluation",

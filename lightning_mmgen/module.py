@@ -15,11 +15,12 @@ from .models.encoder import Encoder
 from .models.loading import Weights
 from .models.parameters import Row
 from .models.references import ReferenceAttentionConfig, give_partial_pass
+from .models.source_gate import SourceGate
 from .models.unet import UNetConfig, denoise, pooled_features, takes_source
 from .pipeline import MultimodalPipeline, Sampler, without_words
 from .tuning import LRSchedule, TunedModule
 
-PARTS = ("encoder", "adapter", "unet", "reference_attention")
+PARTS = ("encoder", "adapter", "unet", "reference_attention", "source_gate")
 
 
 class MultimodalDiffusion(TunedModule):
@@ -37,6 +38,8 @@ class MultimodalDiffusion(TunedModule):
         sampler: how the callbacks draw pictures.
         betas: of AdamW; Adafactor takes the first.
         reference_attention: references through the UNet's own encoder (Instruct-Imagen), beside the VLM's or instead of it.
+        source_gate: a layer that says where an edit's source stays, so that the UNet need not learn to copy it; it takes the source's
+            latents, as ``unet.source_latents`` lets it.
         start: a checkpoint whose trained weights a fit begins from, with a new optimizer and a new count of steps (MUMU's stage 2 after
             its stage 1); it has the same parameter table.
     """
@@ -54,14 +57,17 @@ class MultimodalDiffusion(TunedModule):
         sampler: Sampler = Sampler(),
         betas: tuple[float, float] = (0.9, 0.999),
         reference_attention: ReferenceAttentionConfig | None = None,
+        source_gate: bool = False,
         start: str | None = None,
     ) -> None:
         super().__init__(parameters, schedule, betas, start)
         self.encoder = encoder
-        self.parts = (adapter, unet, codec, reference_attention)
+        self.parts, self.gated = (adapter, unet, codec, reference_attention), source_gate
         self.diffusion, self.condition_dropout, self.sampler = diffusion, condition_dropout, sampler
 
     def check(self) -> None:
+        if self.gated and not self.parts[1].source_latents:
+            raise ValueError("source_gate: true needs unet.source_latents: true, as the UNet must see what it keeps")
         if self.encoder.device is not None and self._trainer and self._trainer.world_size > 1:
             raise ValueError(
                 f"encoder.device: {self.encoder.device} is for one process (trainer.devices: 1), not for {self._trainer.world_size}"
@@ -84,6 +90,7 @@ class MultimodalDiffusion(TunedModule):
         if reference_attention is not None:
             self.reference_attention = reference_attention.build(self.unet)
             give_partial_pass(self.unet)
+        self.source_gate = SourceGate.of(self.unet, self.diffusion) if self.gated else None
         self.apply_table([part for part in PARTS if getattr(self, part) is not None])
 
     def roots(self) -> list[nn.Module]:
@@ -111,7 +118,7 @@ class MultimodalDiffusion(TunedModule):
 
     def forward(self, z_t: Tensor, timesteps: Tensor, condition: Condition, side: tuple[int, int]) -> Tensor:
         """The UNet's prediction, [b, c, h, w]."""
-        return denoise(self.unet, z_t, timesteps, condition, side, self.reference_attention)
+        return denoise(self.unet, z_t, timesteps, condition, side, self.reference_attention, self.source_gate)
 
     def denoising_step(self, batch: Batch) -> DenoisingStep:
         """Noise the target, drop conditions, predict. All randomness comes from the samples' own seeds."""

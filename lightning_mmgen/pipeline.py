@@ -26,6 +26,7 @@ from .models.adapter import Adapter
 from .models.codec import Codec
 from .models.encoder import Encoder
 from .models.references import ReferenceAttention, give_partial_pass
+from .models.source_gate import SourceGate
 from .models.unet import denoise, takes_source
 from .prompt import MultimodalPrompt
 
@@ -83,7 +84,7 @@ class MultimodalPipeline(DiffusionPipeline):
     ``diffusers`` may be set after it. With ``reference_attention`` the UNet reads references too, or alone.
     """
 
-    _optional_components = ["reference_attention"]
+    _optional_components = ["reference_attention", "source_gate"]
     scheduler: Any
 
     def __init__(
@@ -95,11 +96,11 @@ class MultimodalPipeline(DiffusionPipeline):
         scheduler: Any,
         sampler: Sampler | None = None,
         reference_attention: ReferenceAttention | None = None,
+        source_gate: SourceGate | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(
-            encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler, reference_attention=reference_attention
-        )
+        layers = {"reference_attention": reference_attention, "source_gate": source_gate}
+        self.register_modules(encoder=encoder, adapter=adapter, unet=unet, vae=vae, scheduler=scheduler, **layers)
         if reference_attention is not None:
             give_partial_pass(unet)
         self.codec, self._sampler = Codec(vae), sampler or Sampler()
@@ -118,7 +119,8 @@ class MultimodalPipeline(DiffusionPipeline):
     def of(cls, module: MultimodalDiffusion) -> MultimodalPipeline:
         """The pipeline over a module's own parts: what the callbacks sample with during training."""
         scheduler = module.sampler.scheduler_of(module.diffusion.scheduler_config())
-        return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler, module.reference_attention)
+        layers = (module.reference_attention, module.source_gate)
+        return cls(module.encoder, module.adapter, module.unet, module.codec.vae, scheduler, module.sampler, *layers)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, encoder_device: str | None = None) -> MultimodalPipeline:  # type: ignore[override]
@@ -146,16 +148,16 @@ class MultimodalPipeline(DiffusionPipeline):
         encoder.build()
         unet = UNet2DConditionModel.from_pretrained(root / "unet") if (root / "unet").is_dir() else parts["unet"].build()
         load_lora(encoder, unet, root)
-        folder = root / "reference_attention"
-        layers = ReferenceAttention.from_pretrained(folder) if folder.is_dir() else None
+        kinds = {"reference_attention": ReferenceAttention, "source_gate": SourceGate}
+        layers = {name: kind.from_pretrained(root / name) for name, kind in kinds.items() if (root / name).is_dir()}
         sampler = Sampler(**index["sampler"])
         adapter, scheduler = Adapter.from_pretrained(root / "adapter"), SCHEDULERS[sampler.scheduler].from_pretrained(root / "scheduler")
-        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, sampler, layers).frozen()
+        return cls(encoder, adapter, unet, parts["codec"].build().vae, scheduler, sampler, **layers).frozen()
 
     def frozen(self) -> MultimodalPipeline:
         """For inference alone: evaluation mode, no gradients, and every weight in memory of its own. PyTorch picks kernels by gradients
         and alignment, so that without this a checkpoint and its export would differ in the last bits."""
-        for part in filter(None, (self.encoder, self.adapter, self.unet, self.vae, self.reference_attention)):
+        for part in filter(None, (self.encoder, self.adapter, self.unet, self.vae, self.reference_attention, self.source_gate)):
             for parameter in part.eval().requires_grad_(False).parameters():
                 parameter.data = parameter.data.clone()
         return self
@@ -277,7 +279,8 @@ class MultimodalPipeline(DiffusionPipeline):
             alone = unguided or not guided_at(i, self.sampler.guidance)
             given = condition if alone else joined
             z_t = self.scheduler.scale_model_input(torch.cat([latents] * (1 if alone else len(every))), t)
-            prediction = denoise(self.unet, z_t, t.expand(len(z_t)), given, (height, width), self.reference_attention).float()
+            layers = (self.reference_attention, self.source_gate)
+            prediction = denoise(self.unet, z_t, t.expand(len(z_t)), given, (height, width), *layers).float()
             if not alone:
                 prediction = guide(*prediction.chunk(len(every)), scale=scale, image_scale=image_scale)
             latents = self.scheduler.step(prediction, t, latents, **noise).prev_sample

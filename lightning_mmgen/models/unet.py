@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from .weights import locate
 
 if TYPE_CHECKING:
     from .references import ReferenceAttention
+    from .source_gate import SourceGate
 
 
 @dataclass
@@ -100,6 +101,7 @@ def denoise(
     condition: Condition,
     side: tuple[int, int],
     reference_attention: ReferenceAttention | None = None,
+    source_gate: SourceGate | None = None,
 ) -> Tensor:
     """One forward pass of the UNet.
 
@@ -109,22 +111,26 @@ def denoise(
         condition: the adapter's output.
         side: height and width of the picture in pixels: SDXL's original and target size, with no crop, where the condition has no sizes.
         reference_attention: the layers that read the condition's context, if it has one.
+        source_gate: what keeps the condition's source, if it has one.
 
     Returns:
         The prediction [b, c, h, w].
     """
-    z_t = z_t.to(unet.dtype)
+    x = z_t.to(unet.dtype)
     if takes_source(unet):
-        source = torch.zeros_like(z_t) if condition.source is None else condition.source.to(z_t.dtype)
-        z_t = torch.cat([z_t, source], dim=1)
-    reads = reference_attention is not None and condition.context is not None
-    with reference_attention.reading(unet, condition.context) if reads else nullcontext():  # type: ignore[union-attr, arg-type]
+        source = torch.zeros_like(x) if condition.source is None else condition.source.to(x.dtype)
+        x = torch.cat([x, source], dim=1)
+    with ExitStack() as beside:
+        if reference_attention is not None and condition.context is not None:
+            beside.enter_context(reference_attention.reading(unet, condition.context))
+        if source_gate is not None and condition.source is not None:
+            beside.enter_context(source_gate.blending(unet, z_t, timesteps, condition.source))
         return unet(
-            z_t,
+            x,
             timesteps,
-            condition.tokens.to(z_t.dtype),
+            condition.tokens.to(x.dtype),
             encoder_attention_mask=condition.mask,
-            added_cond_kwargs=_added(z_t, condition, side),
+            added_cond_kwargs=_added(x, condition, side),
             return_dict=False,
         )[0]
 

@@ -31,7 +31,8 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     - ``pytorch_lora_weights.safetensors``: the UNet's LoRA, for ``load_lora_weights`` of plain ``diffusers``; alpha, rank patterns and
       dropout travel in its metadata.
     - ``encoder_lora/``: the VLM's LoRA in PEFT's format, names as in the ``transformers`` model.
-    - ``adapter/``, ``scheduler/``, ``model_index.json``; ``reference_attention/`` where references go through the UNet.
+    - ``adapter/``, ``scheduler/``, ``model_index.json``; ``reference_attention/`` where references go through the UNet, and
+      ``source_gate/`` where one keeps what stays of an edit's source.
     - ``unet/``, ``encoder.safetensors``: only where weights of them were fully trained.
 
     Args:
@@ -47,8 +48,9 @@ def export(module: MultimodalDiffusion, out: str | Path, dtype: torch.dtype | No
     _, unet_config, codec_config, _ = module.parts
     full = {n for n, p in module.named_parameters() if p.requires_grad and ".lora_" not in n}
     _merged(module.adapter, dtype or torch.float32).save_pretrained(root / "adapter")
-    if module.reference_attention is not None:
-        _merged(module.reference_attention, dtype or torch.float32).save_pretrained(root / "reference_attention")
+    for name in ("reference_attention", "source_gate"):
+        if (layers := getattr(module, name)) is not None:
+            _merged(layers, dtype or torch.float32).save_pretrained(root / name)
     module.sampler.scheduler_of(module.diffusion.scheduler_config()).save_pretrained(root / "scheduler")
     if unet_config.from_scratch or any(n.startswith("unet.") for n in full):
         _plain_unet(module.unet, dtype).save_pretrained(root / "unet")

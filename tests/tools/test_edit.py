@@ -20,11 +20,13 @@ model:
   class_path: MultimodalDiffusion
   init_args:
     unet: {source_latents: true}
+    source_gate: true
     parameters:
       - {match: encoder, train: frozen}
       - {match: adapter, train: full, lr: 3.0e-2}
       - {match: unet, train: lora, rank: 2, lr: 4.0e-2}
       - {match: unet.conv_in, train: full, lr: 0.1}
+      - {match: source_gate, train: full, lr: 0.1}
 data:
   class_path: EditDataModule
   init_args:
