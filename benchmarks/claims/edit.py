@@ -1,9 +1,9 @@
 """What the consistency penalty does to edits, measured on the toybox by its oracle (the post on edits without instruction drift).
 
-    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--alignment 1500] [--steps 760] [--count 96] [--jobs 2] [--plot PNG]
+    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--tuning 5000] [--steps 240] [--count 96] [--jobs 2] [--plot PNG]
 
-Trains ``experiments/edit_alignment.yaml`` at the toybox's size once, and from there ``experiments/edit_instruction.yaml`` without the
-penalty, with each of its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
+Trains ``experiments/edit_instruction.yaml`` at the toybox's size without the penalty once, and goes on from there without it, with each of
+its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
 Edits held-out scenes: local edits, global ones (background, style), and five turns on the model's own pictures. Success stands beside
 drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned
 checkpoint and from the base (Instruct-Imagen, Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
@@ -30,8 +30,7 @@ from lightning_mmgen.prompt import Record
 from lightning_mmgen.toybox.oracle import score
 from lightning_mmgen.toybox.tasks import edit_session
 
-STAGES = ("edit_alignment", "edit_instruction")
-ALIGNMENT, TOYBOX = ([f"{f}.yaml", *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_edits", f"toybox_{f}"))] for f in STAGES)
+TOYBOX = ["edit_instruction.yaml", *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_edits", "toybox_edit_instruction"))]
 MASKED, INSTRUCTED = (
     [f, *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_references", "references_both"))]
     for f in ("edit_magicbrush.yaml", "instruct_imagen_sdxl.yaml")
@@ -53,8 +52,8 @@ Rated = dict[str, list[tuple[float, float]]]
 
 def measure(job: Job) -> Scores | Rated:
     """Train and measure; ``before`` is the base as it is."""
-    if job.name == "alignment":
-        fit(job, ALIGNMENT, [f"{MODEL}.start=null"])
+    if job.name == "tuning":
+        fit(job, TOYBOX, penalised({}))
         return {}
     if job.name == "instruction tuning":
         fit(job, INSTRUCTED, [f"{MODEL}.start=toybox/retrieval.ckpt"])
@@ -64,14 +63,18 @@ def measure(job: Job) -> Scores | Rated:
     if job.name == "before":
         module = shipped(TOYBOX, f"{MODEL}.start=null")
     else:
-        callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
-        if terms := PENALTIES[job.name]:
-            callbacks.append({"class_path": "ConsistencyPenalty", "init_args": OFF | terms})
-        module = fit(job, TOYBOX, [f"{MODEL}.start={job.shared('alignment').checkpoint}", f"--trainer.callbacks={json.dumps(callbacks)}"])
+        module = fit(job, TOYBOX, [f"{MODEL}.start={job.shared('tuning').checkpoint}", *penalised(PENALTIES[job.name])])
     pipeline = MultimodalPipeline.of(module)
     sessions = [edit_session(np.random.default_rng((4, i)), True, TURNS) for i in range(job.count)]
     scores = one_turn(pipeline, [turns[0] for turns in sessions], job.seed)
     return scores | several_turns(pipeline, sessions, job.seed)
+
+
+def penalised(terms: dict[str, float]) -> list[str]:
+    """The recipe's callbacks, with these terms of the penalty."""
+    callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
+    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": OFF | terms}] if terms else []
+    return [f"--trainer.callbacks={json.dumps(callbacks)}"]
 
 
 def masked(job: Job) -> Rated:
@@ -147,7 +150,7 @@ def plot(found: dict[str, Scores], path: str) -> None:
 
 def edits(args: argparse.Namespace) -> None:
     """The penalty's terms, the sweep and its plot, and the claims about them."""
-    share(args, "alignment", args.alignment, measure)
+    share(args, "tuning", args.tuning, measure)
     scores = work(args, [["before", *TERMS]], measure) | work(first_seed(args), [[*SWEEP]], measure)
     found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in ("before", *TERMS, *SWEEP)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
@@ -180,9 +183,9 @@ def masked_edits(args: argparse.Namespace) -> None:
 
 def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
-    more.add_argument("--alignment", type=int, default=1500, help="optimizer steps of stage 1")
+    more.add_argument("--tuning", type=int, default=5000, help="optimizer steps before the penalty")
     more.add_argument("--plot", default="docs/edit.png")
-    args = arguments("runs/claims/edit", 96, more, steps=760)
+    args = arguments("runs/claims/edit", 96, more, steps=240)
     edits(args)
     masked_edits(args)
 

@@ -7,20 +7,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..models.encoder import Encoder
-from ..prompt import EDIT, MARKER, Record, RecordError, Reference
+from ..prompt import Record, RecordError, Reference
 from .datamodule import MultimodalDataModule
 from .images import crop, other_aspect, pixels
 from .masks import difference_mask
 from .recipe import Recipe, Sample
 from .sources import Source
 from .streams import Stream
-
-UNCHANGED = "unchanged"
-"""The task of an edit that is to change nothing."""
 
 
 class EditRecipe(Recipe):
@@ -31,12 +27,6 @@ class EditRecipe(Recipe):
         max_aspect: how far the aspects (width / height) of source and target may lie apart, as a ratio.
         threshold, dilate, min_area: of :func:`~lightning_mmgen.data.masks.difference_mask`, for an edit without a mask.
         show_mask: the prompt shows the mask of an edit that has one, as its last reference (masked editing).
-        captioned: the prompt of an edit is the target's caption alone, or as often its description if it has one, so that the UNet learns
-            from words that it knows what to take from the source beside z_t, before anyone learns to read instructions.
-        unchanged: share of the edits that are to change nothing, their source being the target; their mask is empty.
-
-    Raises:
-        ValueError: a share outside [0, 1].
     """
 
     def __init__(
@@ -49,21 +39,13 @@ class EditRecipe(Recipe):
         dilate: int = 2,
         min_area: int = 16,
         show_mask: bool = False,
-        captioned: bool = False,
-        unchanged: float = 0.0,
     ) -> None:
         super().__init__(reference_size, target_size, encoder)
-        if not 0 <= unchanged <= 1:
-            raise ValueError(f"unchanged must be in [0, 1], not {unchanged}")
         self.max_aspect, self.threshold, self.dilate, self.min_area = max_aspect, threshold, dilate, min_area
-        self.show_mask, self.captioned, self.unchanged = show_mask, captioned, unchanged
+        self.show_mask = show_mask
 
     def compose(self, record: Record, root: Path | None, rng: np.random.Generator) -> Record:
-        if all(r.role != "source" for r in record.references):
-            return record
-        if rng.random() < self.unchanged:
-            return as_it_is(record)
-        if not self.show_mask or record.mask is None:
+        if not self.show_mask or record.mask is None or all(r.role != "source" for r in record.references):
             return record
         k = max(r.marker for r in record.references) + 1
         mask = Reference(k, record.mask, "mask", "mask")
@@ -80,10 +62,6 @@ class EditRecipe(Recipe):
             raise RecordError(f"source is {size}, target {after}: another aspect")
         side = sample.target.shape[-2:]
         source = crop(before, side)
-        if self.captioned:
-            sample = sample._replace(record=told(record, wholly=sample.seed % 2 == 0), references=[])
-        if record.task == UNCHANGED:
-            return sample._replace(source=source, mask=torch.zeros_like(source[:1]))
         if record.mask is None:
             mask = difference_mask(source, sample.target, self.threshold, self.dilate, self.min_area)
             if not mask.any():
@@ -109,32 +87,12 @@ def source_of(record: Record) -> Reference:
     return sources[0]
 
 
-def as_it_is(record: Record) -> Record:
-    """The edit that changes nothing of a record's source."""
-    source = source_of(record)
-    text = EDIT.format("change nothing").replace("[ref#1]", f"[ref#{source.marker}]")
-    bare = replace(record, task=UNCHANGED, description=None, foil=None, boxes=(), controls={}, mask=None, extra={})
-    return replace(bare, instruction=text, references=(source,), target=source.image, caption=record.source_caption)
-
-
-def told(record: Record, wholly: bool) -> Record:
-    """The caption of a record's target, or if ``wholly`` its description, in the place of its prompt.
-
-    Raises:
-        RecordError: it has none.
-    """
-    if not (text := (record.description if wholly else None) or record.caption):
-        raise RecordError("the target of the edit, or its source where it changes nothing, has no caption")
-    return replace(record, instruction=MARKER.sub("", text), references=())
-
-
 class EditDataModule(MultimodalDataModule):
     """Edits for training and evaluation, mixed with other records or alone.
 
     Args:
         train, held_out: sources, or paths of them; ``toybox`` is the embedded world.
-        max_aspect, threshold, dilate, min_area, show_mask, captioned, unchanged: see :class:`EditRecipe`; every held-out edit changes
-            something.
+        max_aspect, threshold, dilate, min_area, show_mask: see :class:`EditRecipe`.
         settings: of :class:`~lightning_mmgen.data.datamodule.MultimodalDataModule`.
     """
 
@@ -150,12 +108,10 @@ class EditDataModule(MultimodalDataModule):
         dilate: int = 2,
         min_area: int = 16,
         show_mask: bool = False,
-        captioned: bool = False,
-        unchanged: float = 0.0,
         **settings: Any,
     ) -> None:
         super().__init__(train, held_out, **settings)
-        self.editing, self.unchanged = (max_aspect, threshold, dilate, min_area, show_mask, captioned), unchanged
+        self.editing = (max_aspect, threshold, dilate, min_area, show_mask)
 
     def make_recipe(self, reference_size: int, encoder: Encoder | None, held_out: bool) -> Recipe:
-        return EditRecipe(reference_size, self.target_size, encoder, *self.editing, 0.0 if held_out else self.unchanged)
+        return EditRecipe(reference_size, self.target_size, encoder, *self.editing)

@@ -28,7 +28,7 @@ def an_edit(**changes: Any) -> Record:
     return replace(record, **changes)
 
 
-def sampled(record: Record, side: int = 16, **settings: Any) -> Sample | BadRow:
+def sampled(record: Record, side: int = 16) -> Sample | BadRow:
     class One(Source):
         def __len__(self) -> int:
             return 1
@@ -39,7 +39,7 @@ def sampled(record: Record, side: int = 16, **settings: Any) -> Sample | BadRow:
         def fingerprint(self) -> str:
             return ""
 
-    return RecordDataset(One(), EditRecipe(16, side, **settings), 0)[Position(0, 0)]
+    return RecordDataset(One(), EditRecipe(16, side), 0)[Position(0, 0)]
 
 
 def test_source_and_mask_come_in_the_targets_size() -> None:
@@ -99,38 +99,6 @@ def test_masked_editing_shows_the_mask_in_the_prompt() -> None:
     assert [r.role for r in shown.references] == ["source", "mask"] and shown.references[1].image is shown.mask
     for record in (an_edit(mask=None), ToyboxSource({"caption": 1.0}).record(0)):
         assert recipe.compose(record, None, rng) is record
-
-
-def test_a_captioned_edit_tells_its_target_and_shows_the_source_to_the_unet_alone() -> None:
-    record = ToyboxSource({"edit": 1.0}).record(1)
-    plain = sampled(record, 64)
-    assert isinstance(plain, Sample) and plain.source is not None
-    said = set()
-    for seed in range(4):
-        sample = EditRecipe(16, 64, captioned=True)(record, None, seed)
-        assert sample.source is not None and not sample.references and not sample.record.references
-        assert torch.equal(sample.source, plain.source) and torch.equal(sample.target, plain.target)
-        said.add(sample.record.instruction)
-    assert said == {record.caption, record.description} and record.caption != record.description
-    row = sampled(an_edit(), captioned=True)
-    assert isinstance(row, BadRow) and row.reason.endswith("has no caption")
-
-
-def test_a_share_of_the_edits_changes_nothing() -> None:
-    record = ToyboxSource({"edit": 1.0}).record(1)
-    sample, told = sampled(record, 64, unchanged=1.0), sampled(record, 64, captioned=True, unchanged=1.0)
-    assert isinstance(sample, Sample) and isinstance(told, Sample) and sample.mask is not None
-    assert torch.equal(sample.target, sample.source) and not sample.mask.any() and sample.record.caption == record.source_caption
-    assert sample.record.instruction == "In the [ref#1] picture, change nothing" and told.record.instruction == record.source_caption
-    recipe = EditRecipe(16, 64, unchanged=0.25)
-    drawn = [recipe.compose(record, None, np.random.default_rng(i)).instruction != record.instruction for i in range(400)]
-    assert 0.18 < np.mean(drawn) < 0.32
-    with pytest.raises(ValueError, match=r"unchanged must be in \[0, 1\], not 1\.5"):
-        EditRecipe(16, 64, unchanged=1.5)
-    data = EditDataModule("toybox", "toybox", unchanged=1.0, reference_size=16, target_size=64, batch_size=8)
-    data.setup("fit")
-    held, _ = next(iter(data.val_dataloader()))
-    assert held is not None and held.edit is not None and held.edit.mask.flatten(1).any(1).all()
 
 
 def test_a_full_mask_is_a_global_edit() -> None:
