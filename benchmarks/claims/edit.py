@@ -1,6 +1,6 @@
 """What the consistency penalty does to edits, measured on the toybox by its oracle (the post on edits without instruction drift).
 
-    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--tuning 5000] [--steps 240] [--count 96] [--jobs 2] [--plot PNG]
+    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--tuning 3600] [--steps 240] [--count 96] [--jobs 2] [--plot PNG]
 
 Trains ``experiments/edit_instruction.yaml`` at the toybox's size without the penalty once, and goes on from there without it, with each of
 its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
@@ -18,7 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 from jobs import MODEL, Job, arguments, claim, first_seed, fit, learning, share, shipped, work
-from lightning_mmgen.callbacks import sample
+from lightning_mmgen.callbacks import grid, sample
 from rated import overall, rate
 
 from lightning_mmgen.data.edits import EditRecipe
@@ -67,6 +67,9 @@ def measure(job: Job) -> Scores | Rated:
     pipeline = MultimodalPipeline.of(module)
     sessions = [edit_session(np.random.default_rng((4, i)), True, TURNS) for i in range(job.count)]
     scores = one_turn(pipeline, [turns[0] for turns in sessions], job.seed)
+    if job.name == "all":
+        shown = [turns[0] for turns in sessions[:24]]
+        grid(shown, None, sample(pipeline, shown, seed=job.seed, side=64), cell=80, columns=3).save(job.folder / "pictures.png")
     return scores | several_turns(pipeline, sessions, job.seed)
 
 
@@ -183,7 +186,7 @@ def masked_edits(args: argparse.Namespace) -> None:
 
 def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
-    more.add_argument("--tuning", type=int, default=5000, help="optimizer steps before the penalty")
+    more.add_argument("--tuning", type=int, default=3600, help="optimizer steps before the penalty")
     more.add_argument("--plot", default="docs/edit.png")
     args = arguments("runs/claims/edit", 96, more, steps=240)
     edits(args)
