@@ -125,7 +125,7 @@ class ConsistencyPenalty(LossTerm):
     def likeness(self, z0_hat: Tensor, edit: Edit, weight: Tensor) -> Tensor:
         """The identity term; what it does not ask about is not decoded."""
         assert self.dino is not None
-        asked = (edit.turn >= 0) & edit.shown & (edit.mask.mean(dim=(1, 2, 3)) > self.global_share)
+        asked = edit.visible & (edit.mask.mean(dim=(1, 2, 3)) > self.global_share)
         each = 0 * z0_hat.float().sum(dim=(1, 2, 3))
         if asked.any():
             dino = self.dino.to(z0_hat.device)

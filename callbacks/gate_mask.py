@@ -53,8 +53,9 @@ class GateMask(LossTerm):
 
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
         logits, self.logits, edit = self.logits, None, step.batch.edit
-        if logits is None or edit is None:
-            return {"gate": 0 * step.prediction.float().sum()}
+        assert logits is not None
+        if edit is None:
+            return {"gate": 0 * logits.float().sum()}
         keep = 1 - latent_mask(edit.mask, (logits.shape[-2], logits.shape[-1]))
         each = binary_cross_entropy_with_logits(logits.float(), keep.expand_as(logits), reduction="none").mean(dim=(1, 2, 3))
-        return {"gate": counted_mean(each, edit.shown & (edit.turn >= 0))}
+        return {"gate": counted_mean(each, edit.visible)}

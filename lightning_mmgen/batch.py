@@ -53,6 +53,11 @@ class Edit(NamedTuple):
         """The sources' latents [b, c, h, w] as the UNet gets them: zeros where it may not see one."""
         return source * self.shown.view(-1, 1, 1, 1)
 
+    @property
+    def visible(self) -> Tensor:
+        """The samples that are edits and whose source the UNet sees, [b]."""
+        return self.shown & (self.turn >= 0)
+
 
 class Moments(NamedTuple):
     """Mean and log-variance of the VAE's posterior, known beforehand: of targets and of sources [b, 2c, h, w]; None where one of

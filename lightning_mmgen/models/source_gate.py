@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ..diffusion import Diffusion
 
-BEGIN, FLOOR = 2.0, 0.3
+BEGIN = 2.0  # the gate's first logit
+FLOOR = 0.3  # of s_t, where the gate begins to fade out
 
 
 class SourceGate(ModelMixin, ConfigMixin):

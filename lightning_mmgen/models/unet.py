@@ -111,20 +111,18 @@ def denoise(
         condition: the adapter's output.
         side: height and width of the picture in pixels: SDXL's original and target size, with no crop, where the condition has no sizes.
         reference_attention: the layers that read the condition's context, if it has one.
-        source_gate: what keeps the condition's source, if it has one.
+        source_gate: what keeps the condition's source.
 
     Returns:
         The prediction [b, c, h, w].
     """
-    x = z_t.to(unet.dtype)
-    if takes_source(unet):
-        source = torch.zeros_like(x) if condition.source is None else condition.source.to(x.dtype)
-        x = torch.cat([x, source], dim=1)
+    source = torch.zeros_like(z_t) if condition.source is None else condition.source
+    x = (torch.cat([z_t, source], dim=1) if takes_source(unet) else z_t).to(unet.dtype)
     with ExitStack() as beside:
         if reference_attention is not None and condition.context is not None:
             beside.enter_context(reference_attention.reading(unet, condition.context))
-        if source_gate is not None and condition.source is not None:
-            beside.enter_context(source_gate.blending(unet, z_t, timesteps, condition.source))
+        if source_gate is not None:  # without a source too: on every process, or on none, it has a pass
+            beside.enter_context(source_gate.blending(unet, z_t, timesteps, source))
         return unet(
             x,
             timesteps,

@@ -49,6 +49,8 @@ def test_a_new_gate_copies_learns_and_leaves_what_has_no_source(shape: str, requ
     assert torch.equal(with_gate[1], without[1]) and not torch.isclose(with_gate[::2], without[::2]).any()
     bare = condition._replace(source=None)
     assert torch.equal(denoise(unet, z_t, TIMESTEPS, bare, (16, 16), None, gate), denoise(unet, z_t, TIMESTEPS, bare, (16, 16)))
+    (unused,) = torch.autograd.grad(denoise(unet, z_t, TIMESTEPS, bare, (16, 16), None, gate).sum(), gate.conv.weight)
+    assert not unused.any()  # but there: a process whose batch has no source still takes part
     with_gate.square().sum().backward()
     assert gate.conv.weight.grad is not None and gate.conv.weight.grad.abs().max() > 0
     assert not unet.conv_out._forward_hooks
