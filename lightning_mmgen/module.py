@@ -66,7 +66,8 @@ class MultimodalDiffusion(TunedModule):
         self.diffusion, self.condition_dropout, self.sampler = diffusion, condition_dropout, sampler
 
     def check(self) -> None:
-        if self.gated and not self.parts[1].source_latents:
+        _, unet, *_ = self.parts
+        if self.gated and not unet.source_latents:
             raise ValueError("source_gate: true needs unet.source_latents: true, as the UNet must see what it keeps")
         if self.encoder.device is not None and self._trainer and self._trainer.world_size > 1:
             raise ValueError(

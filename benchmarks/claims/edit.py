@@ -20,6 +20,7 @@ import numpy as np
 from jobs import MODEL, Job, arguments, claim, first_seed, fit, learning, share, shipped, work
 from lightning_mmgen.callbacks import grid, sample
 from rated import overall, rate
+from torch import Tensor
 
 from lightning_mmgen.data.edits import EditRecipe
 from lightning_mmgen.data.images import pixels
@@ -66,11 +67,11 @@ def measure(job: Job) -> Scores | Rated:
         module = fit(job, TOYBOX, [f"{MODEL}.start={job.shared('tuning').checkpoint}", *penalised(PENALTIES[job.name])])
     pipeline = MultimodalPipeline.of(module)
     sessions = [edit_session(np.random.default_rng((4, i)), True, TURNS) for i in range(job.count)]
-    scores = one_turn(pipeline, [turns[0] for turns in sessions], job.seed)
+    first = [turns[0] for turns in sessions]
+    drawn = sample(pipeline, first, seed=job.seed, side=64)
     if job.name == "all":
-        shown = [turns[0] for turns in sessions[:24]]
-        grid(shown, None, sample(pipeline, shown, seed=job.seed, side=64), cell=80, columns=3).save(job.folder / "pictures.png")
-    return scores | several_turns(pipeline, sessions, job.seed)
+        grid(first[:24], None, drawn[:24], cell=80, columns=3).save(job.folder / "pictures.png")
+    return one_turn(first, drawn) | several_turns(pipeline, sessions, job.seed)
 
 
 def penalised(terms: dict[str, float]) -> list[str]:
@@ -89,10 +90,9 @@ def masked(job: Job) -> Rated:
     return {"ratings": rate(module, wanted, job.seed)}
 
 
-def one_turn(pipeline: MultimodalPipeline, wanted: list[Record], seed: int) -> Scores:
-    """Edits of the true pictures: following, consistency, success of local and global ones, and the drift outside the mask."""
+def one_turn(wanted: list[Record], drawn: Tensor) -> Scores:
+    """Edits [n, 3, 64, 64] of the true pictures: following, consistency, success of local and global ones, drift outside the mask."""
     out: defaultdict[str, list[float]] = defaultdict(list)
-    drawn = sample(pipeline, wanted, seed=seed, side=64)
     for tensor, image, record in zip(drawn, to_pil(drawn), wanted, strict=True):
         found, truth = score(np.asarray(image), record.extra["truth"]), record.extra["truth"]
         kind = "global" if truth.edited in ("background", "style") else "local"
