@@ -40,8 +40,8 @@ class ConsistencyPenalty(LossTerm):
     """Asks an edit to leave alone what lies outside its mask, and an edit of all of the picture to leave its objects what they are.
 
     Each term has a weight, a number or a schedule, and where that is 0 it is neither computed nor logged. Its share of the loss is logged
-    under its name. Definitions: :mod:`lightning_mmgen.losses.consistency`. Masks go to latent size by area. Samples that are no edit add
-    nothing. The least penalty is that of a copy of the source: look at edit success beside drift.
+    under its name. Definitions: :mod:`lightning_mmgen.losses.consistency`. Masks go to latent size by their maximum. Samples that are no
+    edit add nothing. The least penalty is that of a copy of the source: look at edit success beside drift.
 
     Args:
         weight: factor of all terms.
