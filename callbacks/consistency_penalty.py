@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from lightning_mmgen.losses import (
     snr_weight,
     spatial,
     temporal,
+    touched,
     turns,
 )
 from lightning_mmgen.models.dino import Dino
@@ -40,8 +40,9 @@ class ConsistencyPenalty(LossTerm):
     """Asks an edit to leave alone what lies outside its mask, and an edit of all of the picture to leave its objects what they are.
 
     Each term has a weight, a number or a schedule, and where that is 0 it is neither computed nor logged. Its share of the loss is logged
-    under its name. Definitions: :mod:`lightning_mmgen.losses.consistency`. Masks go to latent size by their maximum. Samples that are no
-    edit add nothing. The least penalty is that of a copy of the source: look at edit success beside drift.
+    under its name. Definitions: :mod:`lightning_mmgen.losses.consistency`. Masks go to latent size by area. A latent on a mask's rim stands
+    for a patch of which a part changes, and is asked to be the target's; all others are asked to be the source's. Samples that are no edit
+    add nothing. The least penalty is that of a copy of the source: look at edit success beside drift.
 
     Args:
         weight: factor of all terms.
@@ -97,19 +98,20 @@ class ConsistencyPenalty(LossTerm):
     def clean(self, batch: Batch, z0: Tensor, source: Tensor | None) -> Tensor:
         if not self.composite_target or source is None or batch.edit is None:
             return z0
-        return composite(z0, source, latent_mask(batch.edit.mask, _size(z0)))
+        return composite(z0, source, touched(batch.edit.mask, _size(z0)))
 
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
         weights = {name: schedule.at(self.trainer.global_step) for name, schedule in self.schedules.items()}
         if not any(weights.values()):
             return {}
         self._expect_edits(step.batch)
-        edit, source = step.batch.edit or _nothing(step.batch), step.z0 if step.source is None else step.source
+        edit, source = step.batch.edits, step.z0 if step.source is None else step.source
         mask, weight = latent_mask(edit.mask, _size(step.z0)), snr_weight(self.module.diffusion.snr(step.timesteps), self.cap)
+        kept = composite(step.z0, source, touched(edit.mask, _size(step.z0)))
         terms: dict[str, Callable[[], Tensor]] = {
-            "spatial": lambda: spatial(step.z0_hat, source, mask, weight),
+            "spatial": lambda: spatial(step.z0_hat, kept, mask, weight),
             "temporal": lambda: temporal(step.z0_hat, self.teacher(step), mask, weight),
-            "turns": lambda: turns(step.z0_hat, source, mask, weight, edit.turn),
+            "turns": lambda: turns(step.z0_hat, kept, mask, weight, edit.turn),
             "identity": lambda: self.likeness(step.z0_hat, edit, weight),
         }
         return {name: weights[name] * term() for name, term in terms.items() if weights[name]}
@@ -140,12 +142,6 @@ class ConsistencyPenalty(LossTerm):
         self.without = self.without + batch.size if batch.edit is None else None
         if self.without is not None and self.without >= PATIENCE:
             raise ValueError(f"ConsistencyPenalty: none of the first {self.without} samples is an edit; data: EditDataModule reads edits")
-
-
-def _nothing(batch: Batch) -> Edit:
-    """A batch without an edit as one: every sample may change wholly, so that all terms are zeros of the graph."""
-    target = batch.target
-    return Edit(target, torch.ones_like(target[:, :1]), torch.full_like(batch.seed, -1), torch.zeros_like(batch.seed, dtype=torch.bool))
 
 
 def _size(latents: Tensor) -> tuple[int, int]:

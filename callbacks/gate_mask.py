@@ -10,7 +10,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, latent_mask
+from lightning_mmgen.losses import DenoisingStep, LossTerm, counted_mean, touched
 
 if TYPE_CHECKING:
     from lightning_mmgen.module import MultimodalDiffusion
@@ -52,10 +52,8 @@ class GateMask(LossTerm):
         self.logits = logits
 
     def compute(self, step: DenoisingStep) -> dict[str, Tensor]:
-        logits, self.logits, edit = self.logits, None, step.batch.edit
+        logits, self.logits, edit = self.logits, None, step.batch.edits
         assert logits is not None
-        if edit is None:
-            return {"gate": 0 * logits.float().sum()}
-        keep = 1 - latent_mask(edit.mask, (logits.shape[-2], logits.shape[-1]))
+        keep = 1 - touched(edit.mask, (logits.shape[-2], logits.shape[-1]))
         each = binary_cross_entropy_with_logits(logits.float(), keep.expand_as(logits), reduction="none").mean(dim=(1, 2, 3))
         return {"gate": counted_mean(each, edit.visible)}

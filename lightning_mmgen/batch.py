@@ -110,6 +110,14 @@ class Batch(NamedTuple):
         """The number of samples b."""
         return len(self.instructions)
 
+    @property
+    def edits(self) -> Edit:
+        """``edit``; where there is none, one in which no sample is an edit. A term of the loss that counts over all ranks asks for this."""
+        if self.edit is not None:
+            return self.edit
+        mask, turn = torch.ones_like(self.target[:, :1]), torch.full_like(self.seed, -1)
+        return Edit(self.target, mask, turn, torch.zeros_like(turn, dtype=torch.bool))
+
 
 class QuestionBatch(NamedTuple):
     """Questions about pictures, and their answers.

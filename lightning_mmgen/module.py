@@ -129,9 +129,9 @@ class MultimodalDiffusion(TunedModule):
 
     def predict(self, batch: Batch, draw: SampleNoise) -> DenoisingStep:
         """Encode the target, noise it, encode the prompts, and let the UNet predict."""
-        known = batch.moments or Moments()
-        z0 = self.codec.encode(batch.target, draw.posterior.to(batch.target.device), known.target)
-        source = None if batch.edit is None else self.codec.encode(batch.edit.source, moments=known.source)
+        moments = self.moments(batch)
+        z0 = self.codec.encode(batch.target, draw.posterior.to(batch.target.device), moments.target)
+        source = None if batch.edit is None else self.codec.encode(batch.edit.source, moments=moments.source)
         for term in self.terms():
             z0 = term.clean(batch, z0, source)
         noise, timesteps = draw.noise.to(z0.device), draw.timesteps.to(z0.device)
@@ -145,6 +145,17 @@ class MultimodalDiffusion(TunedModule):
         return DenoisingStep(
             batch, condition, z0, z_t, timesteps, noise, prediction, self.diffusion.estimate_z0(prediction, z_t, timesteps), source
         )
+
+    def moments(self, batch: Batch) -> Moments:
+        """Of targets and sources, by one pass of the VAE: a second one for sources would leave out a process without edits, and those that
+        gather the VAE's weights from each other would wait for it."""
+        known = batch.moments or Moments()
+        pictures = {"target": batch.target} | ({} if batch.edit is None else {"source": batch.edit.source})
+        unknown = [name for name in pictures if getattr(known, name) is None]
+        if not unknown:
+            return known
+        found = self.codec.moments(torch.cat([pictures[name] for name in unknown])).chunk(len(unknown))
+        return known._replace(**dict(zip(unknown, found, strict=True)))
 
     def loss(self, step: DenoisingStep) -> dict[str, Tensor]:
         """The named terms of the loss, weighted; a subclass adds or replaces its own here."""

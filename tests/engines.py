@@ -251,5 +251,30 @@ trainer:
 """
 """The same without looking at pictures."""
 
+GATED = """
+model:
+  class_path: MultimodalDiffusion
+  init_args:
+    unet: {source_latents: true}
+    source_gate: true
+    parameters:
+      - {match: encoder, train: frozen}
+      - {match: adapter, train: full, lr: 3.0e-3}
+      - {match: unet, train: lora, rank: 2, lr: 4.0e-3}
+      - {match: unet.conv_in, train: full, lr: 1.0e-3}
+      - {match: source_gate, train: full, lr: 1.0e-2}
+data:
+  class_path: EditDataModule
+  init_args:
+    train: {class_path: ToyboxSource, init_args: {tasks: {edit turn: 0.4, caption: 0.6}, length: 20}}
+trainer:
+  callbacks:
+    - {class_path: EMA, init_args: {decay: 0.9}}
+    - {class_path: GateMask, init_args: {weight: 0.5}}
+    - {class_path: ConsistencyPenalty, init_args: {spatial: 1.0, turns: 0.5}}
+    - {class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, enable_version_counter: false}}
+"""
+"""The same with sources and a gate, over edits and captions: a process's two samples may both have no source."""
+
 if __name__ == "__main__":
     main()

@@ -68,6 +68,7 @@ class RankRecorder(Callback):
             "batch": seen,
             "loss": float(outputs["loss"]) * trainer.accumulate_grad_batches,
             "ids": batch.ids,
+            "edits": 0 if batch.edit is None else int(batch.edit.visible.sum()),
             "time": perf_counter(),
             "built": self.built,
             "peak": peak_memory(pl_module.device),

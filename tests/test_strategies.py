@@ -35,12 +35,16 @@ def folder(parts: Path, clip: Path, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("engines")
     (folder / "engines.yaml").write_text(engines.aligned(engines.YAML.format(parts=parts, clip=clip)))
     (folder / "plain.yaml").write_text(engines.PLAIN)
+    (folder / "gated.yaml").write_text(engines.GATED)
     plain, looks = ("-c", str(folder / "plain.yaml"), STEPS), (STEPS, engines.reference(clip))
+    gated = ("-c", str(folder / "gated.yaml"), STEPS)
     start = f"--ckpt_path={folder}/runs/{{}}/version_0/checkpoints/{{}}.ckpt".format
     fit(
         folder,
         Run("one", more=(*looks, FOUR)),
         *(Run(engine, engine, looks if engine == "fsdp" else (STEPS,)) for engine in ENGINES),
+        Run("gated one", more=(*gated, FOUR)),
+        *(Run(f"gated {engine}", engine, gated) for engine in ENGINES),
         Run("whole", "fsdp", (*plain, DROPOUT)),
         Run("killed", "fsdp", (*plain, DROPOUT), status=(1, -9), kill_at=6, rank=1),
         Run("alone", more=(*plain, FOUR, DROPOUT, start("killed", "last"))),
@@ -64,6 +68,18 @@ def test_two_processes_have_the_losses_and_weights_of_one(engine: str, folder: P
     assert max(abs(a - b) for a, b in zip(alone, alone[1:], strict=False)) > 1e-3, "batches differ"
     modules = [load_module(folder / f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("one", engine)]
     assert largest_difference(*({n: p.detach() for n, p in m.named_parameters()} for m in modules)) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_gate_learns_in_two_processes_what_it_learns_in_one(engine: str, folder: Path) -> None:
+    """Also where one process has no source to gate."""
+    alone, both = losses(folder, "gated one"), losses(folder, f"gated {engine}", 2)
+    assert both == pytest.approx(alone, abs=1e-4)
+    sourceless = [{row["batch"] for row in seen(folder, f"gated {engine}", rank) if not row["edits"]} for rank in range(2)]
+    assert sourceless[0] ^ sourceless[1], "a batch with edits in one process alone"
+    one, two = (checkpoint(folder, f"gated {name}")["state_dict"] for name in ("one", engine))
+    assert largest_difference(one, two) < 1e-4
+    assert one["source_gate.conv.weight"].any(), "it has learned"
 
 
 @pytest.mark.parametrize("engine", ["one", *ENGINES])

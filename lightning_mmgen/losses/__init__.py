@@ -1,7 +1,7 @@
 """Loss functions, each with its equation and source, and the base of the loss terms that callbacks contribute."""
 
 from .alignment import aggregate, alignment, channels, min_max
-from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, turns
+from .consistency import composite, counted_mean, earlier, identity, latent_mask, outside, snr_weight, spatial, temporal, touched, turns
 from .diffusion import difference, diffusion_loss, squared_error
 from .distillation import error_along, relative_error
 from .language import language_loss
@@ -33,5 +33,6 @@ __all__ = [
     "spatial",
     "squared_error",
     "temporal",
+    "touched",
     "turns",
 ]

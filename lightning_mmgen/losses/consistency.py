@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_max_pool2d, cosine_similarity
+from torch.nn.functional import adaptive_max_pool2d, cosine_similarity, interpolate
 
 DELTA = 1e-6
 
@@ -20,14 +20,19 @@ def snr_weight(snr: Tensor, cap: float = 5.0) -> Tensor:
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask of pixels [b, 1, H, W] at latent ``size``, by its maximum: a latent stands for all of its patch, so that where a part of the
-    patch may change, the latent must be free to.
+    """A mask of pixels [b, 1, H, W] at latent ``size``, by area: what share of a latent's patch may change.
 
     Over 99 % counts as all of it: else the white of a JPEG, or the rounding of a resize, would leave an edit of all of the picture a little
     to keep everywhere, and the terms, which are means, would weigh that as much as a whole picture.
     """
-    most = adaptive_max_pool2d(mask.float(), size)
-    return torch.where(most > 0.99, 1.0, most)
+    share = interpolate(mask.float(), size, mode="area")
+    return torch.where(share > 0.99, 1.0, share)
+
+
+def touched(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """A mask of pixels at latent ``size``, by its maximum: which latents must be free, as some of their patch may change. A latent stands
+    for the whole patch; one that is half the source's is no picture's."""
+    return adaptive_max_pool2d(mask.float(), size)
 
 
 def outside(error: Tensor, mask: Tensor, weight: Tensor) -> Tensor:

@@ -276,6 +276,7 @@ class Encoder(nn.Module, ABC):
     def embed(self, instructions: list[str], markers: list[list[int]], references: list[PackedImages], special: bool = False) -> Prompts:
         """What the language model reads: words, and in the markers' places the pictures' tokens. ``special``: see :meth:`tokenise`."""
         device = next(self.language.parameters()).device
+        missing = self._passes_of_others(len(references), device) if self.in_step else 0
         features: dict[tuple[int, int], Tensor] = {}
         grids: dict[tuple[int, int], tuple[int, int]] = {}
         for group in references:
@@ -283,14 +284,16 @@ class Encoder(nn.Module, ABC):
             for i, key in enumerate(zip(group.sample.tolist(), group.slot.tolist(), strict=True)):
                 features[key] = images[i]
                 grids[key] = self.grid_of(*group.pixels.shape[-2:])
+        blank = torch.zeros(1, 3, self.reference_size, self.reference_size, device=device)
+        zeros = [0 * self.embed_images(blank).sum() for _ in range(missing)]  # of the graph
         given = zip(instructions, markers, self.counts(markers, references), strict=True)
         rows, spans = zip(*(self.tokenise(text, marks, counts, special) for text, marks, counts in given), strict=True)
         lengths = [len(ids) for ids in rows]
         tokens = torch.tensor([r + [self.tokenizer.pad_token_id] * (max(lengths) - len(r)) for r in rows], device=device)
         mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
         inputs = self.language.get_input_embeddings()(tokens)  # type: ignore[operator]
-        if self.in_step:
-            inputs = inputs + self._passes_of_others(len(references), device).to(inputs.dtype)
+        for zero in zeros:
+            inputs = inputs + zero.to(inputs.dtype)
         image_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
         slots = [[s for _, s in split(t, m) if s is not None] for t, m in zip(instructions, markers, strict=True)]  # left to right
         shown = [[grids[b, s] for s in of] for b, of in enumerate(slots)]
@@ -316,14 +319,12 @@ class Encoder(nn.Module, ABC):
         order = torch.cat([image for of in pictures for image in of])
         return prompts._replace(inputs=prompts.inputs.masked_scatter(at.unsqueeze(-1), order.to(prompts.inputs.dtype)))
 
-    def _passes_of_others(self, passes: int, device: torch.device) -> Tensor:
-        """A zero of the graph: blank pictures through the tower, as often as another rank's pictures go through it more. Ranks that
-        gather weights from each other would else wait for ever."""
-        most, side, zero = torch.tensor(passes, device=device), self.reference_size, torch.zeros((), device=device)
+    def _passes_of_others(self, passes: int, device: torch.device) -> int:
+        """How often more another rank's pictures go through the tower. Ranks that gather weights from each other do so in the same order,
+        or wait for ever: this asks before any pass, and blank pictures stand in for those of others."""
+        most = torch.tensor(passes, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        for _ in range(int(most) - passes):
-            zero = zero + 0 * self.embed_images(torch.zeros(1, 3, side, side, device=device)).sum()
-        return zero
+        return int(most) - passes
 
     def read(self, prompts: Prompts) -> Tensor:
         """The last hidden states [b, n, d]."""

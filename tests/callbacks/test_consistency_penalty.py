@@ -17,7 +17,7 @@ from transformers import Dinov2Config, Dinov2Model
 from lightning_mmgen.batch import Batch
 from lightning_mmgen.cli import main
 from lightning_mmgen.diffusion import ConditionDropout
-from lightning_mmgen.losses import DenoisingStep, LinearSchedule, earlier, latent_mask, spatial, turns
+from lightning_mmgen.losses import DenoisingStep, LinearSchedule, composite, earlier, latent_mask, spatial, touched, turns
 from lightning_mmgen.models.dino import Dino
 
 from ..conftest import DROPOUT_ROWS, logged
@@ -132,9 +132,14 @@ def test_the_terms_are_those_of_the_definitions(run: tuple[LightningCLI, Path]) 
     assert step.batch.edit is not None and step.source is not None
     mask = latent_mask(step.batch.edit.mask, (8, 8))
     snr = cli.model.diffusion.snr(step.timesteps).clamp(max=5)
-    torch.testing.assert_close(found["spatial"], 0.5 * spatial(step.z0_hat, step.source, mask, snr))
-    torch.testing.assert_close(found["turns"], 0.5 * turns(step.z0_hat, step.source, mask, snr, turn))
+    kept = composite(step.z0, step.source, touched(step.batch.edit.mask, (8, 8)))
+    torch.testing.assert_close(found["spatial"], 0.5 * spatial(step.z0_hat, kept, mask, snr))
+    torch.testing.assert_close(found["turns"], 0.5 * turns(step.z0_hat, kept, mask, snr, turn))
     assert found["turns"] > 0 and found["turns"] != found["spatial"]
+    rim = (mask > 0) & (mask < 1)
+    assert (rim & (touched(step.batch.edit.mask, (8, 8)) == 1)).any()
+    done = penalty_of(cli).compute(step._replace(z0_hat=kept))
+    assert done["spatial"] == 0 and done["turns"] == 0  # the edit that was asked for costs nothing
 
 
 def test_the_teacher_is_the_average_at_an_earlier_timestep_of_the_same_noise(run: tuple[LightningCLI, Path]) -> None:
@@ -222,7 +227,7 @@ def test_the_composite_target_is_what_is_noised(run: tuple[LightningCLI, Path]) 
         mixed = a_step(cli)
         penalty.composite_target = False
     assert plain.source is not None and plain.batch.edit is not None
-    mask = latent_mask(plain.batch.edit.mask, (8, 8))
+    mask = touched(plain.batch.edit.mask, (8, 8))
     torch.testing.assert_close(mixed.z0, mask * plain.z0 + (1 - mask) * plain.source)
     torch.testing.assert_close(mixed.z_t, cli.model.diffusion.add_noise(mixed.z0, plain.noise, plain.timesteps))
     assert not torch.allclose(mixed.z0, plain.z0, atol=1e-3)

@@ -17,6 +17,7 @@ from lightning_mmgen.losses import (
     snr_weight,
     spatial,
     temporal,
+    touched,
     turns,
 )
 
@@ -131,19 +132,24 @@ def test_the_composite_is_the_target_within_the_mask_and_the_source_outside() ->
     assert torch.equal(composite(target, source, torch.ones(B, 1, H, W)), target)
 
 
-def test_a_latent_masked_in_part_is_free_to_change() -> None:
+def test_a_latent_masked_in_part_keeps_its_share_and_is_free() -> None:
     mask = torch.where(torch.rand(2, 1, 8, 12) < 0.1, torch.rand(2, 1, 8, 12), 0.0)
-    small = latent_mask(mask, (2, 3))
+    share, free = latent_mask(mask, (2, 3)), touched(mask, (2, 3))
     for y in range(2):
         for x in range(3):
-            assert torch.equal(small[:, 0, y, x], mask[:, 0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].amax(dim=(1, 2)))
-    assert (small == 0).any() and (small > 0).any()
+            patch = mask[:, 0, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].flatten(1)
+            torch.testing.assert_close(share[:, 0, y, x], patch.mean(1))
+            assert torch.equal(free[:, 0, y, x], patch.amax(1))
+    assert (free == 0).any() and (free > 0).any()
 
 
 def test_nearly_white_is_white() -> None:
     estimate, source = latents()
     small = latent_mask(torch.full((B, 1, 8 * H, 8 * W), 253 / 255), (H, W))
     assert spatial(estimate, source, small, WEIGHT).item() == 0
+    one_pixel = torch.ones(B, 1, 8 * H, 8 * W)
+    one_pixel[..., 3, 3] = 0
+    assert latent_mask(one_pixel, (H, W))[0, 0, 0, 0].item() == 63 / 64  # of a latent is not nothing
 
 
 VALUES = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
