@@ -14,13 +14,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from claims.jobs import DATA, MODEL, Job, arguments, first_seed, fit, shipped, work
+from claims.jobs import DATA, MODEL, Job, arguments, first_seed, fit, shipped, started, work
 from lightning_mmgen.callbacks import sample
 
-from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.data.sources import ToyboxSource
 from lightning_mmgen.metrics.following import SCORES, ToyboxFollowing, interval
-from lightning_mmgen.models.weights import locate
 from lightning_mmgen.pipeline import MultimodalPipeline
 from lightning_mmgen.prompt import Record
 
@@ -59,9 +57,7 @@ def prompts(kind: str, count: int) -> list[Record]:
 def measure(job: Job) -> dict[str, list[float]]:
     """Train, sample and score."""
     if job.name in ("base", "stage 1"):
-        module = shipped()
-        if job.name == "stage 1":
-            module.load_trained(AtomicCheckpointIO().load_checkpoint(locate(module.start)))
+        module = shipped() if job.name == "base" else started()
     else:
         swapped = [f"{DATA}.train.init_args.swap_references=true", f"{MODEL}.start=null"]
         module = fit(job, ["instruct.yaml"], swapped if job.name == "swapped" else [])

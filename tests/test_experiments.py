@@ -90,6 +90,11 @@ def test_recipe_on_the_toybox(recipe: Path, tmp_path: Path, monkeypatch: pytest.
     step_on_the_toybox([recipe.name, *own, f"overlays/toybox_{recipe.stem}.yaml"])
 
 
+def test_what_made_the_toybox_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    step_on_the_toybox(["edit_instruction.yaml", *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_edits", "toybox_edit_tuning"))])
+
+
 def test_the_five_minutes_start_from_the_embedded_stage_1_and_its_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     callbacks = json.dumps([{"class_path": "CaptionTeacher", "init_args": {"pooled": 1.0}}])
@@ -369,4 +374,4 @@ def test_overlays_are_all_tested() -> None:
     forms = [*(form.files for form in TRUE_SIZE.values()), *INSTRUCT_IMAGEN.values()]
     used = {Path(f).stem for files in forms for f in files if f.startswith("overlays/")}
     found, own = {p.stem for p in OVERLAYS}, {f"toybox_{r.stem}" for r in RECIPES}
-    assert found == used | {"toybox", "toybox_references", "toybox_edits", "toybox_questions", *ENGINES} | own & found
+    assert found == used | {"toybox", "toybox_references", "toybox_edits", "toybox_edit_tuning", "toybox_questions", *ENGINES} | own & found

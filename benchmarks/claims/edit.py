@@ -1,9 +1,9 @@
 """What the consistency penalty does to edits, measured on the toybox by its oracle (the post on edits without instruction drift).
 
-    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--tuning 3600] [--steps 240] [--count 96] [--jobs 2] [--plot PNG]
+    python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--steps 240] [--count 96] [--jobs 2] [--plot PNG]
 
-Trains ``experiments/edit_instruction.yaml`` at the toybox's size without the penalty once, and goes on from there without it, with each of
-its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
+Trains ``experiments/edit_instruction.yaml`` at the toybox's size, from the embedded model that edits and never knew a penalty, without it,
+with each of its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
 Edits held-out scenes: local edits, global ones (background, style), and five turns on the model's own pictures. Success stands beside
 drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned
 checkpoint and from the base (Instruct-Imagen, Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
-from jobs import MODEL, Job, arguments, claim, first_seed, fit, learning, share, shipped, work
+from jobs import MODEL, Job, arguments, claim, first_seed, fit, learning, started, work
 from lightning_mmgen.callbacks import grid, sample
 from rated import overall, rate
 from torch import Tensor
@@ -37,6 +37,7 @@ MASKED, INSTRUCTED = (
     for f in ("edit_magicbrush.yaml", "instruct_imagen_sdxl.yaml")
 )
 TURNS = 5
+STARTS = {"a copy": "toybox/retrieval.ckpt", "before": "toybox/edits.ckpt"}
 TERMS: dict[str, dict[str, float]] = {
     "no penalty": {},
     "all": {"spatial": 1.0, "temporal": 0.5, "turns": 0.5},
@@ -52,19 +53,16 @@ Rated = dict[str, list[tuple[float, float]]]
 
 
 def measure(job: Job) -> Scores | Rated:
-    """Train and measure; ``before`` is the base as it is."""
-    if job.name == "tuning":
-        fit(job, TOYBOX, penalised({}))
-        return {}
+    """Train and measure; ``before`` is what all of them start from, ``a copy`` the embedded stage 1 with a new gate."""
     if job.name == "instruction tuning":
         fit(job, INSTRUCTED, [f"{MODEL}.start=toybox/retrieval.ckpt"])
         return {}
     if job.name.startswith("masked"):
         return masked(job)
-    if job.name == "before":
-        module = shipped(TOYBOX, f"{MODEL}.start=null")
+    if job.name in STARTS:
+        module = started(TOYBOX, f"{MODEL}.start={STARTS[job.name]}")
     else:
-        module = fit(job, TOYBOX, [f"{MODEL}.start={job.shared('tuning').checkpoint}", *penalised(PENALTIES[job.name])])
+        module = fit(job, TOYBOX, penalised(PENALTIES[job.name]))
     pipeline = MultimodalPipeline.of(module)
     sessions = [edit_session(np.random.default_rng((4, i)), True, TURNS) for i in range(job.count)]
     first = [turns[0] for turns in sessions]
@@ -153,9 +151,8 @@ def plot(found: dict[str, Scores], path: str) -> None:
 
 def edits(args: argparse.Namespace) -> None:
     """The penalty's terms, the sweep and its plot, and the claims about them."""
-    share(args, "tuning", args.tuning, measure)
-    scores = work(args, [["before", *TERMS]], measure) | work(first_seed(args), [[*SWEEP]], measure)
-    found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in ("before", *TERMS, *SWEEP)}
+    scores = work(args, [[*STARTS, *TERMS]], measure) | work(first_seed(args), [[*SWEEP]], measure)
+    found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in (*STARTS, *TERMS, *SWEEP)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
     for name, runs in found.items():
         print(row(name, runs))
@@ -168,7 +165,7 @@ def edits(args: argparse.Namespace) -> None:
     print(claim("drift outside the mask, share that the penalty takes away", drop, ">=", 0.3))
     print(claim("following that it costs", loss, "<=", 0.02))
     print(claim(f"consistency after {TURNS} turns, with the penalty", full[f"consistency after {TURNS} turns"], ">=", 0.7), flush=True)
-    plot({name: runs[0] for name, runs in found.items() if name != "before"}, args.plot)
+    plot({name: runs[0] for name, runs in found.items() if name not in STARTS}, args.plot)
 
 
 def masked_edits(args: argparse.Namespace) -> None:
@@ -186,7 +183,6 @@ def masked_edits(args: argparse.Namespace) -> None:
 
 def main() -> None:
     more = argparse.ArgumentParser(add_help=False)
-    more.add_argument("--tuning", type=int, default=3600, help="optimizer steps before the penalty")
     more.add_argument("--plot", default="docs/edit.png")
     args = arguments("runs/claims/edit", 96, more, steps=240)
     edits(args)

@@ -19,8 +19,10 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from lightning_mmgen import callbacks
+from lightning_mmgen.checkpoint import AtomicCheckpointIO
 from lightning_mmgen.cli import main as lightning
 from lightning_mmgen.losses import LossTerm
+from lightning_mmgen.models.weights import locate
 from lightning_mmgen.tools.generate import load
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
@@ -80,10 +82,17 @@ def steps_done(job: Job) -> int:
 
 
 def shipped(files: Sequence[str] = ("instruct.yaml",), *more: str) -> Any:
-    """What a training of these experiments starts from."""
+    """The pretrained parts of these experiments, before their ``start`` is read."""
     model = lightning([*_layers(files), *more], run=False).model
     model.configure_model()
     return model.eval()
+
+
+def started(files: Sequence[str] = ("instruct.yaml",), *more: str) -> Any:
+    """What a training of these experiments begins with."""
+    model = shipped(files, *more)
+    model.load_trained(AtomicCheckpointIO().load_checkpoint(locate(model.start)), more=True)
+    return model
 
 
 def _layers(files: Sequence[str]) -> list[str]:

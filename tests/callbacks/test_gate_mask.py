@@ -69,6 +69,14 @@ def test_the_term_is_the_cross_entropy_of_the_edits_that_show_their_source(exper
     assert (slope[counted][touched == 1] > 0).all() and (slope[counted][touched == 0] < 0).all()
 
 
+def test_a_batch_without_edits_adds_a_zero_of_the_graph(experiment: Path, tmp_path: Path) -> None:
+    term, step = step_of(fit(experiment, tmp_path, 1))
+    logits = term.logits
+    loss = term.compute(step._replace(batch=step.batch._replace(edit=None)))["gate"]
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert loss == 0 and slope.shape == logits.shape and not slope.any()
+
+
 def test_it_needs_a_gate_and_a_weight(experiment: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="source_gate: true is needed"):
         fit(experiment, tmp_path, 1, gate=False)
