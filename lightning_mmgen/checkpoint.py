@@ -150,7 +150,7 @@ def beginning(checkpoint: dict[str, Any], without: Sequence[str] = ()) -> dict[s
 
     Args:
         checkpoint: as it was read.
-        without: parts to leave out, by the beginnings of their names.
+        without: parts and callbacks to leave out, by the beginnings of their names.
 
     Raises:
         ValueError: nothing is left.
@@ -165,6 +165,6 @@ def beginning(checkpoint: dict[str, Any], without: Sequence[str] = ()) -> dict[s
     held = {
         name: {key: kept(value) for key, value in state.items() if isinstance(value, dict) and value.keys() >= set(names)}
         for name, state in checkpoint["callbacks"].items()
-        if not name.startswith("EMA")
+        if not name.startswith(("EMA", *without))
     }
     return {"state_dict": kept(trained_weights(checkpoint)), "callbacks": {name: state for name, state in held.items() if state}}

@@ -189,5 +189,6 @@ def test_the_beginning_of_another_fit_has_averaged_weights_and_a_teachers_and_no
     assert found["state_dict"].keys() == found["callbacks"]["CaptionTeacher"]["first"].keys() == {"adapter.w"}
     assert found["callbacks"]["CaptionTeacher"]["first"]["adapter.w"].tolist() == [3, 3]
     assert beginning(checkpoint)["state_dict"].keys() == set(names)
+    assert beginning(checkpoint, without=["CaptionTeacher"])["callbacks"] == {}
     with pytest.raises(ValueError, match="nothing was trained but adapter, reference_attention"):
         beginning(checkpoint, without=["adapter", "reference_attention"])
