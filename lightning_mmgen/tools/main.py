@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     export = subs.add_parser("export", help="write a checkpoint as a diffusers-style folder, or as the start of another fit")
     export.add_argument("--ckpt", required=True)
     export.add_argument("--out", required=True, metavar="DIR", help="or FILE.ckpt, which the `start` of another fit takes")
-    export.add_argument("--without", nargs="+", default=[], metavar="PART", help="what FILE.ckpt leaves out: reference_attention, CaptionTeacher")
+    export.add_argument("--without", nargs="+", default=[], metavar="PART", help="left out of FILE.ckpt, as reference_attention")
     export.add_argument("--dtype", choices=DTYPES, help="of fully trained weights; as trained by default")
 
     merge = subs.add_parser("merge", help="fold the UNet's LoRA into a checkpoint of the same UNet")
