@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from lightning_mmgen.callbacks import sample
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -23,9 +25,12 @@ from lightning_mmgen.losses import DenoisingStep
 from lightning_mmgen.models.adapter import Adapter
 from lightning_mmgen.models.weights import TOYBOX, locate
 from lightning_mmgen.module import MultimodalDiffusion, SampleNoise
+from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.tools.main import main as mmgen
+from lightning_mmgen.toybox.oracle import score
 from lightning_mmgen.toybox.pretrain import VAEPretraining
 from lightning_mmgen.toybox.pretrain_vlm import VLMPretraining
+from lightning_mmgen.toybox.tasks import edit_session
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -109,6 +114,22 @@ def test_the_five_minutes_start_from_the_embedded_stage_1_and_its_teacher(tmp_pa
     own = {name.removeprefix("adapter."): weights for name, weights in teacher.first.items() if name.startswith("adapter.")}
     assert own.keys() == base.keys() and all(torch.equal(own[name].float(), weights.float()) for name, weights in base.items())
     assert any(not torch.equal(model.adapter.state_dict()[name], weights.float()) for name, weights in base.items())
+
+
+def test_the_embedded_model_edits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ["edit_instruction.yaml", *(f"overlays/{n}.yaml" for n in ("toybox", "toybox_edits", "toybox_edit_instruction"))]
+    more = ["--trainer.max_steps=0", "--trainer.callbacks=[]", "--trainer.logger=false", "--model.init_args.schedule.decay=constant"]
+    model = main(["fit", *(x for f in files for x in ("-c", str(EXPERIMENTS / f))), *more]).model.eval()
+    shipped = torch.load(locate("toybox/edits.ckpt"), weights_only=True)
+    assert set(shipped["state_dict"]) == set(model.trainable()) and not shipped["callbacks"]
+    assert all(torch.equal(model.get_parameter(name), weights.float()) for name, weights in shipped["state_dict"].items())
+    wanted = [edit_session(np.random.default_rng((5, i)), True, 1)[0] for i in range(12)]
+    drawn = to_pil(sample(MultimodalPipeline.of(model), wanted, seed=1, side=64))
+    found = [score(np.asarray(image), record.extra["truth"]) for image, record in zip(drawn, wanted, strict=True)]
+    copied = [score(np.asarray(record.references[0].image), record.extra["truth"]) for record in wanted]
+    assert sum(bool(f.success) for f in found) >= 8 and not any(f.success for f in copied)
+    assert np.mean([f.following for f in found]) > 0.9
 
 
 @pytest.fixture(scope="module")
