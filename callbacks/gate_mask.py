@@ -21,8 +21,9 @@ class GateMask(LossTerm):
 
         L = L_0 + weight E BCE(g, 1 - m)
 
-    with the mask m at latent size, given or derived. The diffusion loss teaches the same by the pictures alone, but where an instruction
-    points to is learned many times slower from them (our choice). Samples that are no edit, or whose source was dropped, add nothing.
+    with the mask m, given or derived, of the latents that it touches. The diffusion loss teaches the same by the pictures alone, but where
+    an instruction points to is learned many times slower from them (our choice). Samples that are no edit, or whose source was dropped, add
+    nothing.
 
     Raises:
         ValueError: a weight of 0 or below; a module without a source gate.
