@@ -139,11 +139,12 @@ def plot(found: dict[str, Scores], path: str) -> None:
     ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
     for name in sweep:
         label = f"spatial {weights[name]:g}" if name in weights else name
-        ax.annotate(label, points[name], textcoords="offset points", xytext=(5, 5), fontsize=8)
+        ax.annotate(label, points[name], textcoords="offset points", xytext=(5, 5 if name in weights else -12), fontsize=8)
     for name in ("temporal", "turns", "all"):
         ax.plot(*points[name], "s", label=name)
     ax.set(xlabel="mean squared error outside the mask", ylabel="success of local edits")
     ax.margins(0.15)
+    ax.ticklabel_format(axis="x", scilimits=(0, 0))
     ax.legend()
     fig.tight_layout()
     fig.savefig(path)
