@@ -51,7 +51,7 @@ def given() -> list[Record]:
     """Three pictures with three boxes each, one without a box, and one whose box has its mask already."""
     boxed = [Record(f"draw {i}", target=noise(i), caption="a cat", boxes=BOXES, task="crops", id=f"r{i}") for i in range(3)]
     masked = replace(boxed[0], id="masked", boxes=(BOXES[0]._replace(mask=PILImage.new("L", (60, 40), 9)), BOXES[1]))
-    rich = Record("[ref#1] here", (Reference(1, noise(7)),), noise(8), mask=noise(9), controls={"edge": noise(10)}, session="s", turn=2)
+    rich = Record("[ref#1] here", (Reference(1, noise(7)),), noise(8), mask=noise(9), controls={"edge": noise(10)}, session="s", turn=0)
     return [*boxed, rich, masked]
 
 
