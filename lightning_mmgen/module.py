@@ -179,7 +179,8 @@ class MultimodalDiffusion(TunedModule):
         """Pictures [b, 3, H, W] in [-1, 1]; each sample's noise comes from its own seed."""
         pipeline = MultimodalPipeline.of(self)
         pipeline.set_progress_bar_config(disable=True)
-        source = batch.edits.seen(self.codec.encode(batch.edits.source)) if takes_source(self.unet) else None
+        edits = batch.edits
+        source = edits.seen(self.codec.encode(edits.source)) if takes_source(self.unet) else None
         condition = pipeline.encode(batch.instructions, batch.markers, batch.references, batch.phrases, source)
         shown = None
         if self.sampler.image_guidance_scale is not None:

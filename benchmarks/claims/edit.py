@@ -17,7 +17,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
-from jobs import MODEL, Job, arguments, claim, first_seed, fit, learning, started, work
+from jobs import MODEL, Job, altered, arguments, claim, first_seed, fit, learning, started, work
 from lightning_mmgen.callbacks import grid, sample
 from rated import overall, rate
 from torch import Tensor
@@ -173,7 +173,7 @@ def masked_edits(args: argparse.Namespace) -> None:
     """Instruct-Imagen's Table 2."""
     names = ("masked, instructed", "masked, from the base")
     work(args, [["instruction tuning"]], measure)
-    scores = work(argparse.Namespace(**vars(args) | {"steps": args.masked}), [[*names]], measure)
+    scores = work(altered(args, steps=args.masked), [[*names]], measure)
     rated = {name: [overall(scores[name, s]["ratings"]) for s in args.seeds] for name in names}
     print(f"\n{'':<24}{'SC':>8}{'PQ':>8}{'O':>8}{'accuracy':>10}")
     for name, runs in rated.items():

@@ -153,12 +153,17 @@ def work(args: argparse.Namespace, waves: list[list[str]], measure: Callable[[Jo
 
 def share(args: argparse.Namespace, name: str, steps: int, measure: Callable[[Job], Any]) -> None:
     """Do the one job that all seeds start from."""
-    work(argparse.Namespace(**vars(args) | {"seeds": [SHARED], "steps": steps, "jobs": 1}), [[name]], measure)
+    work(altered(args, seeds=[SHARED], steps=steps, jobs=1), [[name]], measure)
 
 
 def first_seed(args: argparse.Namespace) -> argparse.Namespace:
     """The same benchmark for its first seed alone."""
-    return argparse.Namespace(**vars(args) | {"seeds": args.seeds[:1]})
+    return altered(args, seeds=args.seeds[:1])
+
+
+def altered(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    """The same arguments, but for these."""
+    return argparse.Namespace(**vars(args) | values)
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -284,8 +284,8 @@ class Encoder(nn.Module, ABC):
             for i, key in enumerate(zip(group.sample.tolist(), group.slot.tolist(), strict=True)):
                 features[key] = images[i]
                 grids[key] = self.grid_of(*group.pixels.shape[-2:])
-        blank = torch.zeros(1, 3, self.reference_size, self.reference_size, device=device)
-        zeros = [0 * self.embed_images(blank).sum() for _ in range(missing)]  # of the graph
+        blank = (1, 3, self.reference_size, self.reference_size)
+        zeros = [0 * self.embed_images(torch.zeros(blank, device=device)).sum() for _ in range(missing)]  # of the graph
         given = zip(instructions, markers, self.counts(markers, references), strict=True)
         rows, spans = zip(*(self.tokenise(text, marks, counts, special) for text, marks, counts in given), strict=True)
         lengths = [len(ids) for ids in rows]
