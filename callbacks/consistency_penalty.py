@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from lightning_mmgen.losses import (
     earlier,
     identity,
     latent_mask,
+    outside,
     snr_weight,
     spatial,
     temporal,
@@ -49,6 +51,9 @@ class ConsistencyPenalty(LossTerm):
         spatial: the estimate of z_0 against the source, outside the mask.
         temporal: against the estimate at an earlier timestep t' < t of the same noise, by the averaged weights if an :class:`EMA` is on and
             else by the current ones, without dropout; one more forward pass. t' is uniform below t, from the sample's own seed.
+        pixels: as ``spatial``, but the decoded estimate against the source's pixels: a mask's rim is not rounded to latents, and what the
+            VAE makes of one latent in its neighbours' patches counts. The gradient goes through the VAE's decoder; estimates whose w(t) is
+            under 1 % of ``cap`` are not decoded.
         turns: as ``spatial``, over the later turns of multi-turn edits alone.
         identity: 1 - cos of DINO's class tokens of source and decoded estimate, over the edits whose mask covers more than
             ``global_share`` of the picture and whose source the model sees; w(t) weighs it as the others, else the noisiest estimates,
@@ -67,6 +72,7 @@ class ConsistencyPenalty(LossTerm):
         weight: float = 1.0,
         spatial: float | LinearSchedule = 1.0,
         temporal: float | LinearSchedule = 0.0,
+        pixels: float | LinearSchedule = 0.0,
         turns: float | LinearSchedule = 0.0,
         identity: float | LinearSchedule = 0.0,
         composite_target: bool = False,
@@ -75,9 +81,9 @@ class ConsistencyPenalty(LossTerm):
         global_share: float = 0.95,
     ) -> None:
         super().__init__(weight)
+        terms = {"spatial": spatial, "temporal": temporal, "pixels": pixels, "turns": turns, "identity": identity}
         self.schedules = {
-            name: value if isinstance(value, LinearSchedule) else LinearSchedule(value, value, 1)
-            for name, value in {"spatial": spatial, "temporal": temporal, "turns": turns, "identity": identity}.items()
+            name: value if isinstance(value, LinearSchedule) else LinearSchedule(value, value, 1) for name, value in terms.items()
         }
         for name, schedule in self.schedules.items():
             if min(schedule.start, schedule.end) < 0:
@@ -111,6 +117,7 @@ class ConsistencyPenalty(LossTerm):
         terms: dict[str, Callable[[], Tensor]] = {
             "spatial": lambda: spatial(step.z0_hat, kept, mask, weight),
             "temporal": lambda: temporal(step.z0_hat, self.teacher(step), mask, weight),
+            "pixels": lambda: self.detail(step.z0_hat, edit, weight),
             "turns": lambda: turns(step.z0_hat, kept, mask, weight, edit.turn),
             "identity": lambda: self.likeness(step.z0_hat, edit, weight),
         }
@@ -124,16 +131,27 @@ class ConsistencyPenalty(LossTerm):
         told = taught(self.module, ema.mean if ema else {}, step.batch, z_t, timesteps, step.condition.source)
         return diffusion.estimate_z0(told.prediction, z_t, timesteps)
 
+    def detail(self, z0_hat: Tensor, edit: Edit, weight: Tensor) -> Tensor:
+        """The term of pixels."""
+        asked = weight >= self.cap / 100
+        rows, drawn = self.decoded(z0_hat, asked)
+        each = outside(drawn - edit.source[rows], edit.mask[rows], weight[rows])
+        return (each * asked[rows]).sum() / len(asked)
+
     def likeness(self, z0_hat: Tensor, edit: Edit, weight: Tensor) -> Tensor:
-        """The identity term; what it does not ask about is not decoded."""
+        """The identity term."""
         assert self.dino is not None
+        dino = self.dino.to(z0_hat.device)
         asked = edit.visible & (edit.mask.mean(dim=(1, 2, 3)) > self.global_share)
-        each = 0 * z0_hat.float().sum(dim=(1, 2, 3))
-        if asked.any():
-            dino = self.dino.to(z0_hat.device)
-            drawn, source = dino.cls(self.module.codec.reconstruct(z0_hat[asked])), dino.cls(edit.source[asked])
-            each = each.masked_scatter(asked, weight[asked] * identity(drawn, source))
-        return counted_mean(each, asked)
+        rows, drawn = self.decoded(z0_hat, asked)
+        each = weight[rows] * identity(dino.cls(drawn), dino.cls(edit.source[rows]))
+        return counted_mean(torch.zeros_like(weight).index_copy(0, rows, each), asked)
+
+    def decoded(self, z0_hat: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """The samples that are asked about, and pictures of their estimates; one at least, as processes that gather the VAE's weights from
+        each other decode together."""
+        rows = asked.nonzero().flatten() if asked.any() else torch.zeros(1, dtype=torch.long, device=asked.device)
+        return rows, self.module.codec.reconstruct(z0_hat[rows])
 
     def _expect_edits(self, batch: Batch) -> None:
         """Raises: ValueError: training has seen enough samples, and none was an edit."""

@@ -187,7 +187,7 @@ class MultimodalDiffusion(TunedModule):
             shown = pipeline.encode(*without_words(batch.markers), batch.references, None, source)
         noise = [torch.Generator().manual_seed(seed) for seed in batch.seed.tolist()]
         height, width = batch.target.shape[-2:]
-        return pipeline.draw(condition, height=height, width=width, generator=noise, shown=shown)
+        return pipeline.draw(condition, height=height, width=width, generator=noise, shown=shown, sources=edits.source)
 
 
 class SampleNoise:

@@ -52,6 +52,8 @@ class Sampler:
         scheduler: ``ddim`` (eta 0), or ``ddpm``, which draws noise in each step.
         guidance: ``constant``, or ``alternating``: the scale on even steps, none on odd ones, which halves their work.
         image_guidance_scale: of the pictures alone, beside the text's; None is one scale for the whole prompt, and a pass less.
+        source_detail: how far, in squared latents, an edit may be from its source and still show the source's own pixels, not the VAE's of
+            them (:meth:`~lightning_mmgen.models.codec.Codec.decode_edit`); None is the VAE's alone.
     """
 
     steps: int = 50
@@ -59,11 +61,14 @@ class Sampler:
     scheduler: SchedulerName = "ddim"
     guidance: GuidanceRule = "constant"
     image_guidance_scale: float | None = None
+    source_detail: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("scheduler", get_args(SchedulerName)), ("guidance", get_args(GuidanceRule))):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"sampler.{name} must be {' or '.join(known)}, not {value!r}")
+        if self.source_detail is not None and self.source_detail <= 0:
+            raise ValueError(f"sampler.source_detail must be positive, not {self.source_detail}")
 
     def scheduler_of(self, config: Any) -> DDIMScheduler | DDPMScheduler:
         """The scheduler, for a process given as a ``diffusers`` configuration."""
@@ -196,10 +201,10 @@ class MultimodalPipeline(DiffusionPipeline):
         markers = [[r.marker for r in p.references] for p in prompts]
         phrases = [[r.phrase for r in p.references] for p in prompts]
         height, width = self._size(height, width)
-        source = self.source(prompts, height, width)
+        sources, source = self.sources(prompts, height, width)
         condition = self.encode([p.instruction for p in prompts], markers, references, phrases, source)
         shown = None if self.sampler.image_guidance_scale is None else self.encode(*without_words(markers), references, None, source)
-        pictures = self.draw(condition, num_inference_steps, guidance_scale, height, width, generator, shown)
+        pictures = self.draw(condition, num_inference_steps, guidance_scale, height, width, generator, shown, sources)
         return PipelineOutput(images=pictures if output_type == "pt" else to_pil(pictures))
 
     @torch.no_grad()
@@ -232,21 +237,21 @@ class MultimodalPipeline(DiffusionPipeline):
         """What heights and widths must be multiples of, in pixels."""
         return int(self.codec.factor * 2 ** (len(self.unet.config.block_out_channels) - 1))
 
-    def source(self, prompts: Sequence[MultimodalPrompt], height: int, width: int) -> Tensor | None:
-        """Latents [b, c, h, w] of the prompts' sources (zeros where there is none), for a UNet that takes them; else None."""
+    def sources(self, prompts: Sequence[MultimodalPrompt], height: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """The prompts' sources, pictures [b, 3, H, W] in [-1, 1] and latents [b, c, h, w], for a UNet that takes them; else None. Zeros
+        where there is no source."""
         if not takes_source(self.unet):
-            return None
-        rows = []
-        for prompt in prompts:
+            return None, None
+        pictures = torch.zeros(len(prompts), 3, height, width, device=self.device)
+        latents = torch.zeros(len(prompts), self.codec.channels, *(n // self.codec.factor for n in (height, width)), device=self.device)
+        for i, prompt in enumerate(prompts):
             picture = next((r.image for r in prompt.references if r.role == "source"), None)
-            if picture is None:
-                rows.append(torch.zeros(self.codec.channels, height // self.codec.factor, width // self.codec.factor, device=self.device))
-            else:
+            if picture is not None:
                 whole = pixels(picture)[None].to(self.device)
                 if whole.shape[-2:] != (height, width):
                     whole = interpolate(whole, (height, width), mode="bicubic", antialias=True).clamp(-1, 1)
-                rows.append(self.codec.encode(whole)[0])
-        return torch.stack(rows)
+                pictures[i], latents[i] = whole[0], self.codec.encode(whole)[0]
+        return pictures, latents
 
     @torch.no_grad()
     def draw(
@@ -258,11 +263,13 @@ class MultimodalPipeline(DiffusionPipeline):
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         shown: Condition | None = None,
+        sources: Tensor | None = None,
     ) -> Tensor:
         """Pictures [b, 3, H, W] in [-1, 1] for an encoded condition; arguments as in :meth:`__call__`.
 
         Args:
             shown: the condition of the pictures alone, for the sampler's ``image_guidance_scale``.
+            sources: pictures [b, 3, H, W] of the condition's source latents, for the sampler's ``source_detail``.
         """
         steps = self.sampler.steps if num_inference_steps is None else num_inference_steps
         scale = self.sampler.guidance_scale if guidance_scale is None else guidance_scale
@@ -284,7 +291,9 @@ class MultimodalPipeline(DiffusionPipeline):
             if not alone:
                 prediction = guide(*prediction.chunk(len(every)), scale=scale, image_scale=image_scale)
             latents = self.scheduler.step(prediction, t, latents, **noise).prev_sample
-        return self.codec.decode(latents)
+        if sources is None or condition.source is None or self.sampler.source_detail is None:
+            return self.codec.decode(latents)
+        return self.codec.decode_edit(latents, sources, condition.source, self.sampler.source_detail)
 
     def _step_noise(self, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
         """Where a step's noise comes from, for a scheduler that draws any: as :func:`initial_noise`, on the CPU."""

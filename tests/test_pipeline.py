@@ -131,6 +131,32 @@ def test_pictures_and_text_have_scales_of_their_own(pipeline: MultimodalPipeline
         torch.testing.assert_close(latents[i : i + 1], z, rtol=0, atol=2e-4)
 
 
+def test_an_edit_shows_the_detail_of_its_source(pipeline: MultimodalPipeline) -> None:
+    """With a tolerance so wide that every latent is kept: what is drawn, and what the VAE loses of the source."""
+    grow_input(pipeline.unet)
+    prompts = [MultimodalPrompt("[ref#1] make it night", (Reference(1, picture(1), role="source"),)), PROMPTS[0]]
+    whole = torch.nn.functional.interpolate(pixels(prompts[0].references[0].image)[None], (8, 12), mode="bicubic", antialias=True)
+    whole = whole.clamp(-1, 1)
+
+    def drawn(detail: float | None) -> Tensor:
+        pipeline.sampler = Sampler(2, source_detail=detail)
+        pictures = pipeline(prompts, height=8, width=12, generator=seeds(1, 2), output_type="pt").images
+        assert isinstance(pictures, Tensor)
+        return pictures
+
+    pipeline.sampler = Sampler(2)
+    latents = drawn_latents(pipeline, prompts, height=8, width=12, generator=seeds(1, 2))
+    plain, detailed = drawn(None), drawn(1e9)
+    torch.testing.assert_close(plain, pipeline.codec.decode(latents), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        lost = whole - pipeline.codec.reconstruct(pipeline.codec.encode(whole))
+        expected = (pipeline.codec.reconstruct(latents[:1]) + lost).clamp(-1, 1)
+    torch.testing.assert_close(detailed[:1], expected, rtol=0, atol=1e-4)
+    assert torch.equal(detailed[1], plain[1]), "a prompt without a source is drawn as it was"
+    with pytest.raises(ValueError, match="source_detail must be positive, not 0"):
+        Sampler(source_detail=0)
+
+
 @pytest.mark.parametrize("guidance", [6.0, 1.0, 0.0])
 def test_latents_equal_a_plain_ddim(pipeline: MultimodalPipeline, guidance: float) -> None:
     latents = drawn_latents(pipeline, PROMPTS, num_inference_steps=5, guidance_scale=guidance, height=8, width=12, generator=seeds(1, 2, 3))

@@ -3,7 +3,7 @@
     python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--steps 240] [--masked 600] [--count 96] [--jobs 2] [--plot PNG]
 
 Trains ``experiments/edit_instruction.yaml`` at the toybox's size, from the embedded model that edits and never knew a penalty, without it,
-with each of its terms and with all of them, once a seed; over a sweep of the spatial term's weight for the first seed alone.
+with each of its terms and with all of them, once a seed; over a sweep of the whole penalty's weight for the first seed alone.
 Edits held-out scenes: local edits, global ones (background, style), and five turns on the model's own pictures. Success stands beside
 drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned
 checkpoint and from the base (Instruct-Imagen, Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
@@ -40,12 +40,12 @@ TURNS = 5
 STARTS = {"a copy": "toybox/retrieval.ckpt", "before": "toybox/edits.ckpt"}
 TERMS: dict[str, dict[str, float]] = {
     "no penalty": {},
-    "all": {"spatial": 20.0, "temporal": 10.0, "turns": 10.0},
+    "all": {"spatial": 10.0, "temporal": 10.0, "turns": 10.0, "pixels": 150.0},
     **{name: {name: 20.0} for name in ("spatial", "temporal", "turns")},
+    "pixels": {"pixels": 200.0},
 }
-SWEEP: dict[str, dict[str, float]] = {f"spatial {weight:g}": {"spatial": weight} for weight in (2.0, 7.0, 60.0)}
+SWEEP: dict[str, dict[str, float]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
 PENALTIES = TERMS | SWEEP
-OFF = {"spatial": 0.0, "temporal": 0.0, "turns": 0.0, "identity": 0.0}
 Scores = dict[str, list[float]]
 Rated = dict[str, list[tuple[float, float]]]
 
@@ -75,7 +75,7 @@ def measure(job: Job) -> Scores | Rated:
 def penalised(terms: dict[str, float]) -> list[str]:
     """The recipe's callbacks, with these terms of the penalty."""
     callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
-    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": OFF | terms}] if terms else []
+    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": {"spatial": 0.0, **terms}}] if terms else []
     return [f"--trainer.callbacks={json.dumps(callbacks)}"]
 
 
@@ -129,18 +129,16 @@ def row(name: str, runs: list[Scores]) -> str:
 
 
 def plot(found: dict[str, Scores], path: str) -> None:
-    """The trade-off over the spatial term's weight, one seed: drift outside the mask against the success of local edits."""
+    """The trade-off over the penalty's weight, one seed: drift outside the mask against the success of local edits."""
     import matplotlib.pyplot as plt  # extra: benchmarks
 
     points = {name: (np.mean(run["drift"]), np.mean(run["local success"])) for name, run in found.items()}
-    weights = {name: PENALTIES[name]["spatial"] for name in points if name.startswith("spatial")}
-    sweep = ["no penalty", *sorted(weights, key=weights.__getitem__)]
+    sweep = ["no penalty", *sorted((n for n in points if "all" in n), key=lambda n: PENALTIES[n].get("weight", 1.0))]
     fig, ax = plt.subplots(figsize=(6, 4), dpi=150)
     ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
     for name in sweep:
-        label = f"spatial {weights[name]:g}" if name in weights else name
-        ax.annotate(label, points[name], textcoords="offset points", xytext=(5, 5 if name in weights else -12), fontsize=8)
-    for name in ("temporal", "turns", "all"):
+        ax.annotate(name, points[name], textcoords="offset points", xytext=(5, 5 if "all" in name else -12), fontsize=8)
+    for name in ("spatial", "temporal", "turns", "pixels"):
         ax.plot(*points[name], "s", label=name)
     ax.set(xlabel="mean squared error outside the mask", ylabel="success of local edits")
     ax.margins(0.15)

@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from .loading import Weights
 from .weights import locate
@@ -56,6 +57,22 @@ class Codec(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents [b, c, h, w] -> pixels [b, 3, h*f, w*f], clipped to [-1, 1]."""
         return self.reconstruct(latents).clamp(-1, 1)
+
+    @torch.no_grad()
+    def decode_edit(self, latents: Tensor, pictures: Tensor, source: Tensor, tolerance: float) -> Tensor:
+        """As :meth:`decode`, with the detail of its source that the VAE does not hold, where an edit leaves the source (our choice):
+
+            x = D(z) + k (x_s - D(z_s)),  k = exp(-mean_c (z - z_s)^2 / tolerance)
+
+        Where the latents are the source's, its own pixels come out, and an edit of an edit loses no more than an edit.
+
+        Args:
+            pictures, source: x_s [b, 3, H, W] in [-1, 1] and its latents z_s [b, c, H/f, W/f]; where those are zeros there is no source.
+            tolerance: of squared latents.
+        """
+        kept = (-(latents - source).square().mean(1, keepdim=True) / tolerance).exp() * source.flatten(1).any(1).view(-1, 1, 1, 1)
+        lost = pictures - self.reconstruct(source)
+        return (self.reconstruct(latents) + interpolate(kept, lost.shape[-2:], mode="bilinear") * lost).clamp(-1, 1)
 
     def reconstruct(self, latents: Tensor) -> Tensor:
         """As :meth:`decode`, but not clipped, and gradients reach the latents."""

@@ -205,8 +205,8 @@ def composition(rng: np.random.Generator, held: bool, shows: tuple[str, ...], to
 
 
 def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | None, str]:
-    """One edit of a scene: its instruction, the scene after it, the toy that it touches (None: all of the picture), and the condition that
-    it brings about."""
+    """One edit of a scene: its instruction, the scene after it, the toy that it touches, if it is of one, and the condition that it
+    brings about."""
     k = int(rng.integers(len(scene.toys)))
     placed, toy = scene.toys[k], scene.toys[k].toy
     kind = str(rng.choice(["colour", "texture", "shape", "background", "style"]))
@@ -230,7 +230,7 @@ def change(rng: np.random.Generator, scene: Scene) -> tuple[str, Scene, int | No
 
 
 def edit(rng: np.random.Generator, held: bool) -> Record:
-    """One edit of a source picture, with the mask of what may change."""
+    """One edit of a source picture, with the mask of what may change: a toy before and after it, what is no toy, or all (a style)."""
     return edit_session(rng, held, 1)[0]
 
 
@@ -246,9 +246,9 @@ def edit_session(rng: np.random.Generator, held: bool, turns: int) -> list[Recor
         text, after, k, what = change(rng, scene)
         while not held and held_out(tuple(p.toy for p in after.toys)):  # training never sees a held-out combination
             text, after, k, what = change(rng, scene)
-        cover = np.ones((SIDE, SIDE)) if k is None else np.maximum(draw(scene)[1][k], draw(after)[1][k])
-        shown = tuple((i, 1) for i in range(len(scene.toys)))
-        refs = [Reference(1, picture(scene), "picture", "source")]
+        toys, now = draw(scene)[1], draw(after)[1]
+        cover = np.maximum(toys[k], now[k]) if k is not None else 1 - np.maximum.reduce(toys) * (what == "background")
+        refs, shown = [Reference(1, picture(scene), "picture", "source")], tuple((i, 1) for i in range(len(toys)))
         truth = Truth(after, shown, sizes=True, style=True, edited=what)
         more: dict[str, Any] = {"source_caption": scene.caption(), "mask": _mask(cover), "session": name, "turn": turn}
         out.append(_record("edit", EDIT.format(text), after, refs, truth, **more))

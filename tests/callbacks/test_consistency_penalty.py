@@ -22,8 +22,8 @@ from lightning_mmgen.models.dino import Dino
 
 from ..conftest import DROPOUT_ROWS, logged
 
-TERMS = ("spatial", "temporal", "turns", "identity")
-ON = {"spatial": {"start": 0.0, "end": 0.5, "steps": 2}, "temporal": 0.5, "turns": 0.5, "identity": 0.5}
+TERMS = ("spatial", "temporal", "pixels", "turns", "identity")
+ON = {"spatial": {"start": 0.0, "end": 0.5, "steps": 2}, "temporal": 0.5, "pixels": 0.5, "turns": 0.5, "identity": 0.5}
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +54,7 @@ def weights(cli: LightningCLI) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def run(experiment: Path, dino: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[LightningCLI, Path]:
-    """A fit with all four terms, and where it lies."""
+    """A fit with all terms, and where it lies."""
     out = tmp_path_factory.mktemp("run")
     return fit(experiment, out, {**ON, "identity_model": dino}), out
 
@@ -85,7 +85,12 @@ def test_every_term_is_logged_and_part_of_the_loss(run: tuple[LightningCLI, Path
     assert all(np.isfinite(values).all() for values in losses.values())
     parts = np.sum([[0, *values][-3:] for tag, values in losses.items() if tag != "loss"], axis=0)
     np.testing.assert_allclose(parts, losses["loss"], rtol=1e-5)
-    assert min(losses["loss/spatial"]) > 0 and min(losses["loss/temporal"]) > 0 and max(losses["loss/identity"]) > 0
+    assert (
+        min(losses["loss/spatial"]) > 0
+        and min(losses["loss/temporal"]) > 0
+        and max(losses["loss/pixels"]) > 0
+        and max(losses["loss/identity"]) > 0
+    )
     assert not any(losses["loss/turns"])  # the toybox's edits here have one turn
 
 
@@ -140,6 +145,27 @@ def test_the_terms_are_those_of_the_definitions(run: tuple[LightningCLI, Path]) 
     assert (rim & (touched(step.batch.edit.mask, (8, 8)) == 1)).any()
     done = penalty_of(cli).compute(step._replace(z0_hat=kept))
     assert done["spatial"] == 0 and done["turns"] == 0  # the edit that was asked for costs nothing
+
+
+def test_pixels_compares_what_the_codec_decodes_outside_the_mask(run: tuple[LightningCLI, Path]) -> None:
+    cli, _ = run
+    step = a_step(cli)
+    step = step._replace(timesteps=torch.tensor([0, 100, 300, 500, 700, 999] * 2))
+    snr = cli.model.diffusion.snr(step.timesteps)
+    assert (snr < 0.05).any() and (snr > 0.05).any()
+    z0_hat = step.z0_hat.detach().requires_grad_()
+    term = penalty_of(cli).compute(step._replace(z0_hat=z0_hat))["pixels"]
+    term.backward()
+    edit, expected = step.batch.edits, 0.0
+    for i in torch.nonzero(snr >= 0.05).flatten().tolist():
+        with torch.no_grad():
+            drawn = cli.model.codec.vae.decode(z0_hat[i : i + 1] / 0.5 + 0.3).sample[0]
+        keep = (1 - edit.mask[i]).expand(3, -1, -1).double()
+        expected += min(float(snr[i]), 5) * float((keep * (drawn - edit.source[i]) ** 2).sum()) / (float(keep.sum()) + 1e-6) / 12
+    assert expected > 0 and term.item() == pytest.approx(0.5 * expected, rel=1e-3)
+    assert z0_hat.grad is not None
+    something = (snr >= 0.05) & (edit.mask < 1).flatten(1).any(1)
+    assert z0_hat.grad.abs().sum(dim=(1, 2, 3)).ne(0).tolist() == something.tolist()
 
 
 def test_the_teacher_is_the_average_at_an_earlier_timestep_of_the_same_noise(run: tuple[LightningCLI, Path]) -> None:

@@ -38,6 +38,32 @@ def test_codec_samples_the_posterior_with_the_given_noise(vae: AutoencoderKL) ->
     assert not torch.allclose(codec.encode(pixels, noise), codec.encode(pixels), atol=1e-3)
 
 
+def test_an_edit_keeps_the_pixels_of_a_source_that_it_leaves(vae: AutoencoderKL) -> None:
+    codec, pictures = Codec(vae), torch.rand(2, 3, 8, 12) * 2 - 1
+    source = codec.encode(pictures)
+    assert (codec.decode(source) - pictures).abs().max() > 0.1, "this VAE holds every detail"
+    torch.testing.assert_close(codec.decode_edit(source, pictures, source, 0.1), pictures, rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec.decode_edit(source + 9, pictures, source, 0.1), codec.decode(source + 9), rtol=0, atol=1e-5)
+    none = torch.zeros_like(source)
+    assert torch.equal(codec.decode_edit(source, torch.zeros_like(pictures), none, 0.1), codec.decode(source))
+    near = source + torch.full((1, 4, 1, 1), 0.2)  # a mean square of 0.04
+    with torch.no_grad():
+        plain = [vae.decode(z / 0.5 + 0.3).sample for z in (near, source)]
+    kept = torch.exp(torch.tensor(-0.04 / 0.1))
+    expected = (plain[0] + kept * (pictures - plain[1])).clamp(-1, 1)
+    torch.testing.assert_close(codec.decode_edit(near, pictures, source, 0.1), expected, rtol=0, atol=1e-5)
+
+
+def test_what_an_edit_keeps_changes_smoothly(vae: AutoencoderKL) -> None:
+    codec, pictures = Codec(vae), torch.rand(1, 3, 8, 8) * 2 - 1
+    source = codec.encode(pictures)
+    half = source.clone()
+    half[..., 2:] += 9
+    columns = torch.tensor([1, 1, 1, 0.75, 0.25, 0, 0, 0])  # of two latents of each kind, their centres 2 pixels apart
+    expected = codec.reconstruct(half) + columns * (pictures - codec.reconstruct(source))
+    torch.testing.assert_close(codec.decode_edit(half, pictures, source, 0.1), expected.clamp(-1, 1), rtol=0, atol=1e-5)
+
+
 def test_codec_stays_frozen_and_in_evaluation_mode(vae: AutoencoderKL) -> None:
     root = torch.nn.ModuleDict({"codec": Codec(vae.train())}).train()
     assert not any(m.training for m in root["codec"].modules())
