@@ -60,6 +60,7 @@ class ConsistencyPenalty(LossTerm):
             which show nothing, would count most. The gradient goes through the VAE's decoder.
         composite_target: learn the target within the mask and the source outside it, for pairs that drift themselves.
         cap: of w(t) = min(SNR, cap).
+        floor: the least w(t). min(SNR, cap) hardly asks about the noisy timesteps, and of few sampling steps most are noisy.
         identity_model: any DINO of ``transformers``, by hub name or folder.
         global_share: of the picture's area.
 
@@ -77,6 +78,7 @@ class ConsistencyPenalty(LossTerm):
         identity: float | LinearSchedule = 0.0,
         composite_target: bool = False,
         cap: float = 5.0,
+        floor: float = 0.0,
         identity_model: str | None = None,
         global_share: float = 0.95,
     ) -> None:
@@ -88,11 +90,14 @@ class ConsistencyPenalty(LossTerm):
         for name, schedule in self.schedules.items():
             if min(schedule.start, schedule.end) < 0:
                 raise ValueError(f"ConsistencyPenalty: {name} must be 0 or more, not {min(schedule.start, schedule.end)}")
-        if cap <= 0 or not 0 <= global_share < 1:
-            raise ValueError(f"ConsistencyPenalty: cap must be above 0 and global_share in [0, 1), not {cap} and {global_share}")
+        if not 0 <= floor <= cap or cap == 0:
+            raise ValueError(f"ConsistencyPenalty: cap must be above 0 and floor in [0, cap], not {cap} and {floor}")
+        if not 0 <= global_share < 1:
+            raise ValueError(f"ConsistencyPenalty: global_share must be in [0, 1), not {global_share}")
         if max(self.schedules["identity"].start, self.schedules["identity"].end) > 0 and identity_model is None:
             raise ValueError("ConsistencyPenalty: identity needs an identity_model, a DINO by name or folder")
-        self.composite_target, self.cap, self.identity_model, self.global_share = composite_target, cap, identity_model, global_share
+        self.composite_target, self.identity_model, self.global_share = composite_target, identity_model, global_share
+        self.cap, self.floor = cap, floor
         self.dino: Dino | None = None
         self.without: int | None = 0  # samples so far, until the first edit
 
@@ -112,7 +117,8 @@ class ConsistencyPenalty(LossTerm):
             return {}
         self._expect_edits(step.batch)
         edit, source = step.batch.edits, step.z0 if step.source is None else step.source
-        mask, weight = latent_mask(edit.mask, _size(step.z0)), snr_weight(self.module.diffusion.snr(step.timesteps), self.cap)
+        mask, snr = latent_mask(edit.mask, _size(step.z0)), self.module.diffusion.snr(step.timesteps)
+        weight = snr_weight(snr, self.cap, self.floor)
         kept = composite(step.z0, source, touched(edit.mask, _size(step.z0)))
         terms: dict[str, Callable[[], Tensor]] = {
             "spatial": lambda: spatial(step.z0_hat, kept, mask, weight),

@@ -3,7 +3,8 @@
     python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--steps 240] [--masked 600] [--count 96] [--jobs 2] [--plot PNG]
 
 Trains ``experiments/edit_instruction.yaml`` at the toybox's size, from the embedded model that edits and never knew a penalty, without it,
-with each of its terms and with all of them, once a seed; over a sweep of the whole penalty's weight for the first seed alone.
+with each of its terms and with all of them, once a seed; for the first seed alone over a sweep of the whole penalty's weight, and drawn in
+other ways.
 Edits held-out scenes: local edits, global ones (background, style), and five turns on the model's own pictures. Success stands beside
 drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned
 checkpoint and from the base (Instruct-Imagen, Table 2), rated by the oracle. What a run measured is kept beside its checkpoint.
@@ -15,6 +16,7 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from jobs import MODEL, Job, altered, arguments, claim, first_seed, fit, learning, started, work
@@ -28,6 +30,7 @@ from lightning_mmgen.data.recipe import sample_seed
 from lightning_mmgen.metrics.drift import MaskedMSE
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record
+from lightning_mmgen.tools.generate import load
 from lightning_mmgen.toybox.oracle import score
 from lightning_mmgen.toybox.tasks import edit_session
 
@@ -46,6 +49,13 @@ TERMS: dict[str, dict[str, float]] = {
 }
 SWEEP: dict[str, dict[str, float]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
 PENALTIES = TERMS | SWEEP
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "in 2 steps": {"steps": 2},
+    "in 10 steps": {"steps": 10},
+    "in 10, guided": {"steps": 10, "guidance_scale": 1.2, "image_guidance_scale": 1.2},
+    "VAE's pixels": {"source_detail": None},
+}
+"""Other ways to draw from ``all``."""
 Scores = dict[str, list[float]]
 Rated = dict[str, list[tuple[float, float]]]
 
@@ -61,6 +71,9 @@ def measure(job: Job) -> Scores | Rated:
         return masked(job)
     if job.name in STARTS:
         module = started(TOYBOX, f"{MODEL}.start={STARTS[job.name]}")
+    elif job.name in SAMPLERS:
+        module = load(job.other("all").checkpoint)
+        module.sampler = replace(module.sampler, **SAMPLERS[job.name])
     else:
         module = fit(job, TOYBOX, penalised(PENALTIES[job.name]))
     pipeline = MultimodalPipeline.of(module)
@@ -75,7 +88,7 @@ def measure(job: Job) -> Scores | Rated:
 def penalised(terms: dict[str, float]) -> list[str]:
     """The recipe's callbacks, with these terms of the penalty."""
     callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
-    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": {"spatial": 0.0, **terms}}] if terms else []
+    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": {"spatial": 0.0, "floor": 0.5, **terms}}] if terms else []
     return [f"--trainer.callbacks={json.dumps(callbacks)}"]
 
 
@@ -150,8 +163,8 @@ def plot(found: dict[str, Scores], path: str) -> None:
 
 def edits(args: argparse.Namespace) -> None:
     """The penalty's terms, the sweep and its plot, and the claims about them."""
-    scores = work(args, [[*STARTS, *TERMS]], measure) | work(first_seed(args), [[*SWEEP]], measure)
-    found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in (*STARTS, *TERMS, *SWEEP)}
+    scores = work(args, [[*STARTS, *TERMS]], measure) | work(first_seed(args), [[*SWEEP, *SAMPLERS]], measure)
+    found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in (*STARTS, *TERMS, *SWEEP, *SAMPLERS)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
     for name, runs in found.items():
         print(row(name, runs))
@@ -164,7 +177,7 @@ def edits(args: argparse.Namespace) -> None:
     print(claim("drift outside the mask, share that the penalty takes away", drop, ">=", 0.3))
     print(claim("following that it costs", loss, "<=", 0.02))
     print(claim(f"consistency after {TURNS} turns, with the penalty", full[f"consistency after {TURNS} turns"], ">=", 0.7), flush=True)
-    plot({name: runs[0] for name, runs in found.items() if name not in STARTS}, args.plot)
+    plot({name: runs[0] for name, runs in found.items() if name in PENALTIES}, args.plot)
 
 
 def masked_edits(args: argparse.Namespace) -> None:

@@ -14,9 +14,10 @@ from torch.nn.functional import adaptive_max_pool2d, cosine_similarity, interpol
 DELTA = 1e-6
 
 
-def snr_weight(snr: Tensor, cap: float = 5.0) -> Tensor:
-    """w(t) = min(SNR(t), cap), [b]: an estimate counts for as much as its noise level lets it know."""
-    return snr.clamp(max=cap)
+def snr_weight(snr: Tensor, cap: float = 5.0, floor: float = 0.0) -> Tensor:
+    """w(t) = max(min(SNR(t), cap), floor), [b]: an estimate counts for as much as its noise level lets it know, and for ``floor`` at
+    least."""
+    return snr.clamp(floor, cap)
 
 
 def latent_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:

@@ -147,6 +147,22 @@ def test_the_terms_are_those_of_the_definitions(run: tuple[LightningCLI, Path]) 
     assert done["spatial"] == 0 and done["turns"] == 0  # the edit that was asked for costs nothing
 
 
+def test_a_floor_asks_about_noisy_timesteps_too(run: tuple[LightningCLI, Path]) -> None:
+    cli, _ = run
+    penalty = ConsistencyPenalty(spatial=1.0, pixels=1.0, floor=0.5)
+    penalty.setup(cli.trainer, cli.model, "fit")
+    step = a_step(cli)
+    step = step._replace(timesteps=torch.full((12,), 999))
+    assert cli.model.diffusion.snr(step.timesteps).max() < 0.05
+    z0_hat = step.z0_hat.detach().requires_grad_()
+    found = penalty.compute(step._replace(z0_hat=z0_hat))
+    edit, half = step.batch.edits, torch.full((12,), 0.5)
+    assert step.source is not None
+    kept = composite(step.z0, step.source, touched(edit.mask, (8, 8)))
+    torch.testing.assert_close(found["spatial"], spatial(z0_hat, kept, latent_mask(edit.mask, (8, 8)), half))
+    torch.testing.assert_close(found["pixels"], spatial(cli.model.codec.reconstruct(z0_hat), edit.source, edit.mask, half))
+
+
 def test_pixels_compares_what_the_codec_decodes_outside_the_mask(run: tuple[LightningCLI, Path]) -> None:
     cli, _ = run
     step = a_step(cli)
@@ -290,7 +306,9 @@ def test_data_without_edits_are_refused(run: tuple[LightningCLI, Path]) -> None:
         (lambda: ConsistencyPenalty(identity=LinearSchedule(0, 1, 5)), "identity needs an identity_model"),
         (lambda: ConsistencyPenalty(turns=-1), "turns must be 0 or more, not -1"),
         (lambda: ConsistencyPenalty(cap=0), "cap must be above 0"),
-        (lambda: ConsistencyPenalty(global_share=1.0), "global_share in"),
+        (lambda: ConsistencyPenalty(cap=-1), "cap must be above 0"),
+        (lambda: ConsistencyPenalty(floor=6), r"floor in \[0, cap\], not 5.0 and 6"),
+        (lambda: ConsistencyPenalty(global_share=1.0), "global_share must be in"),
         (lambda: LinearSchedule(0, 1, 0), "steps must be 1 or more"),
     ],
 )

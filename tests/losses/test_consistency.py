@@ -110,13 +110,14 @@ def test_terms_of_half_precision_latents_are_float32() -> None:
     assert composite(estimate, source, MASKS["soft"]).dtype == torch.bfloat16
 
 
-def test_the_weight_is_the_snr_up_to_its_cap() -> None:
+def test_the_weight_is_the_snr_between_its_floor_and_its_cap() -> None:
     diffusion = Diffusion(prediction_type="v_prediction", zero_terminal_snr=True)
     timesteps = torch.tensor([0, 300, 700, 999])
     snr = [a / (1 - a) for a in diffusion.alphas_cumprod[timesteps].tolist()]
     assert snr[0] > 5 and snr[-1] == 0
     for cap in (5.0, 0.5):
         assert snr_weight(diffusion.snr(timesteps), cap).tolist() == pytest.approx([min(s, cap) for s in snr], rel=1e-4)
+        assert snr_weight(diffusion.snr(timesteps), cap, 0.2).tolist() == pytest.approx([max(min(s, cap), 0.2) for s in snr], rel=1e-4)
 
 
 def test_identity_is_one_minus_the_cosine() -> None:
