@@ -271,7 +271,7 @@ trainer:
   callbacks:
     - {class_path: EMA, init_args: {decay: 0.9}}
     - {class_path: GateMask, init_args: {weight: 0.5}}
-    - {class_path: ConsistencyPenalty, init_args: {spatial: 1.0, turns: 0.5}}
+    - {class_path: ConsistencyPenalty, init_args: {spatial: 1.0, turns: 0.5, pixels: 0.2}}
     - {class_path: ModelCheckpoint, init_args: {every_n_train_steps: 2, save_last: true, enable_version_counter: false}}
 """
 """The same with sources and a gate, over edits and captions: a process's two samples may both have no source."""

@@ -227,12 +227,21 @@ def test_boxes_enclose_their_toys() -> None:
 
 
 def test_an_edit_changes_only_what_its_mask_covers() -> None:
+    kinds = set()
     for seed in range(20):
         record = TASKS["edit"](np.random.default_rng(seed), False)
         assert record.target is not None and isinstance(record.mask, Image)
         before, after = (np.array(open_picture(p)) for p in (record.references[0].image, record.target))
         assert (before != after).any()
-        assert (before == after).all(-1)[np.array(record.mask) == 0].all()
+        mask, toys = np.array(record.mask), np.maximum.reduce(draw(record.extra["truth"].scene)[1])
+        assert (before == after).all(-1)[mask == 0].all()
+        kind = record.extra["truth"].edited.split()[0]
+        kinds.add(kind)
+        if kind == "background":  # toys stay
+            assert (mask[toys == 1] == 0).all() and (mask[toys == 0] == 255).all() and (toys == 1).any()
+        if kind == "style":
+            assert (mask == 255).all()
+    assert {"background", "style", "shape"} <= kinds
 
 
 def test_a_session_goes_on_from_the_picture_before() -> None:
