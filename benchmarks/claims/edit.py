@@ -49,6 +49,8 @@ TERMS: dict[str, dict[str, float]] = {
 }
 SWEEP: dict[str, dict[str, float]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
 PENALTIES = TERMS | SWEEP
+OFF = {"weight": 1.0, "spatial": 0.0, "temporal": 0.0, "pixels": 0.0, "turns": 0.0, "identity": 0.0, "floor": 0.5}
+"""Said in full: what an override leaves out, the recipe's own callback of that class keeps."""
 SAMPLERS: dict[str, dict[str, Any]] = {
     "in 2 steps": {"steps": 2},
     "in 10 steps": {"steps": 10},
@@ -88,7 +90,7 @@ def measure(job: Job) -> Scores | Rated:
 def penalised(terms: dict[str, float]) -> list[str]:
     """The recipe's callbacks, with these terms of the penalty."""
     callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
-    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": {"spatial": 0.0, "floor": 0.5, **terms}}] if terms else []
+    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": OFF | terms}] if terms else []
     return [f"--trainer.callbacks={json.dumps(callbacks)}"]
 
 
