@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -265,7 +266,7 @@ def on_ray(settings: Embedding, starts: Sequence[int], side: int | None, device:
         raise ValueError("--engine ray needs Ray: pip install 'lightning_mmgen[ray]'")
     import ray.data
 
-    began = not ray.is_initialized()
+    began, on_sigterm = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
     if began:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     try:
@@ -283,6 +284,8 @@ def on_ray(settings: Embedding, starts: Sequence[int], side: int | None, device:
     finally:
         if began:
             ray.shutdown()
+            if signal.getsignal(signal.SIGTERM) is not on_sigterm:  # Ray leaves its own, which would end later runs of this process
+                signal.signal(signal.SIGTERM, on_sigterm)
 
 
 class Actor:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import signal
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -272,8 +273,10 @@ def test_ray_embeds_as_this_process_does(arguments: list[str], tmp_path: Path, m
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_enable_worker_prestart", "0")
     assert main(arguments) == 0
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     assert main([*arguments, "--engine", "ray", "--workers", "1", "--out", str(tmp_path / "ray")]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "ray")
+    assert signal.getsignal(signal.SIGTERM) is on_sigterm, "what Ray does on SIGTERM ends with it"
 
 
 def test_parquet_equals_jsonl(arguments: list[str], rows: list[Row], tmp_path: Path) -> None:
