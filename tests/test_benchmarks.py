@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 import torch
+from lightning_mmgen.callbacks import ConsistencyPenalty
+
+from lightning_mmgen.cli import main
 
 BENCHMARKS = [p for p in sorted((Path(__file__).parent.parent / "benchmarks").rglob("*.py")) if "__main__" in p.read_text()]
 
@@ -39,6 +43,22 @@ def test_the_steps_overhead_is_measured(tmp_path: Path, monkeypatch: pytest.Monk
 def test_claims_keep_what_a_recipe_learns_by_and_leave_out_the_rest(files: list[str], learning: list[str]) -> None:
     jobs = runpy.run_path(str(Path(__file__).parent.parent / "benchmarks/claims/jobs.py"))
     assert [c["class_path"] for c in jobs["learning"](files)] == learning
+
+
+@pytest.mark.parametrize("terms", [{}, {"turns": 20.0}, {"weight": 0.1, "spatial": 10.0, "temporal": 10.0, "pixels": 150.0}])
+def test_an_arm_of_the_penalty_has_its_own_terms_alone(terms: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    script = next(p for p in BENCHMARKS if p.parts[-2:] == ("claims", "edit.py"))
+    monkeypatch.syspath_prepend(script.parent)
+    edit = runpy.run_path(str(script))
+    recipe = f"--trainer.callbacks={json.dumps(edit['learning'](edit['TOYBOX']))}"  # what fit gives before
+    layers = [x for file in edit["TOYBOX"] for x in ("-c", str(script.parents[2] / "experiments" / file))]
+    cli = main([*layers, recipe, *edit["penalised"](terms)], run=False)
+    found = [c for c in cli.trainer.callbacks if isinstance(c, ConsistencyPenalty)]
+    assert len(found) == bool(terms)
+    for penalty in found:
+        weights = {name: schedule.end for name, schedule in penalty.schedules.items()}
+        assert {"weight": penalty.weight, **weights} == {"weight": 1.0, **dict.fromkeys(weights, 0.0)} | terms
+        assert penalty.floor == 0.5
 
 
 def test_a_training_that_was_stopped_goes_on(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from lightning_mmgen.data.recipe import sample_seed
 from lightning_mmgen.metrics.drift import MaskedMSE
 from lightning_mmgen.pipeline import MultimodalPipeline, to_pil
 from lightning_mmgen.prompt import Record
-from lightning_mmgen.tools.generate import load
 from lightning_mmgen.toybox.oracle import score
 from lightning_mmgen.toybox.tasks import edit_session
 
@@ -49,8 +48,6 @@ TERMS: dict[str, dict[str, float]] = {
 }
 SWEEP: dict[str, dict[str, float]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
 PENALTIES = TERMS | SWEEP
-OFF = {"weight": 1.0, "spatial": 0.0, "temporal": 0.0, "pixels": 0.0, "turns": 0.0, "identity": 0.0, "floor": 0.5}
-"""Said in full: what an override leaves out, the recipe's own callback of that class keeps."""
 SAMPLERS: dict[str, dict[str, Any]] = {
     "in 2 steps": {"steps": 2},
     "in 10 steps": {"steps": 10},
@@ -74,7 +71,7 @@ def measure(job: Job) -> Scores | Rated:
     if job.name in STARTS:
         module = started(TOYBOX, f"{MODEL}.start={STARTS[job.name]}")
     elif job.name in SAMPLERS:
-        module = load(job.other("all").checkpoint)
+        module = fit(job.other("all"), TOYBOX, penalised(PENALTIES["all"]))
         module.sampler = replace(module.sampler, **SAMPLERS[job.name])
     else:
         module = fit(job, TOYBOX, penalised(PENALTIES[job.name]))
@@ -88,10 +85,10 @@ def measure(job: Job) -> Scores | Rated:
 
 
 def penalised(terms: dict[str, float]) -> list[str]:
-    """The recipe's callbacks, with these terms of the penalty."""
+    """The recipe's callbacks, with these terms of the penalty alone: without the null, what an entry leaves out would be the recipe's."""
     callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
-    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": OFF | terms}] if terms else []
-    return [f"--trainer.callbacks={json.dumps(callbacks)}"]
+    callbacks += [{"class_path": "ConsistencyPenalty", "init_args": {"spatial": 0.0, "floor": 0.5} | terms}] if terms else []
+    return ["--trainer.callbacks=null", f"--trainer.callbacks={json.dumps(callbacks)}"]
 
 
 def masked(job: Job) -> Rated:
@@ -148,11 +145,11 @@ def plot(found: dict[str, Scores], path: str) -> None:
     import matplotlib.pyplot as plt  # extra: benchmarks
 
     points = {name: (np.mean(run["drift"]), np.mean(run["local success"])) for name, run in found.items()}
-    sweep = ["no penalty", *sorted((n for n in points if "all" in n), key=lambda n: PENALTIES[n].get("weight", 1.0))]
+    sweep = ["no penalty", *sorted(("all", *SWEEP), key=lambda name: PENALTIES[name].get("weight", 1.0))]
     fig, ax = plt.subplots(figsize=(6, 4), dpi=150)
     ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
     for name in sweep:
-        ax.annotate(name, points[name], textcoords="offset points", xytext=(5, 5 if "all" in name else -12), fontsize=8)
+        ax.annotate(name, points[name], textcoords="offset points", xytext=(5, -12 if name == "no penalty" else 5), fontsize=8)
     for name in ("spatial", "temporal", "turns", "pixels"):
         ax.plot(*points[name], "s", label=name)
     ax.set(xlabel="mean squared error outside the mask", ylabel="success of local edits")
