@@ -53,7 +53,7 @@ class ConsistencyPenalty(LossTerm):
             else by the current ones, without dropout; one more forward pass. t' is uniform below t, from the sample's own seed.
         pixels: as ``spatial``, but the decoded estimate against the source's pixels: a mask's rim is not rounded to latents, and what the
             VAE makes of one latent in its neighbours' patches counts. The gradient goes through the VAE's decoder; estimates whose w(t) is
-            under 1 % of ``cap`` are not decoded.
+            under 1 % of ``cap``, and those of edits of all of the picture, are not decoded.
         turns: as ``spatial``, over the later turns of multi-turn edits alone.
         identity: 1 - cos of DINO's class tokens of source and decoded estimate, over the edits whose mask covers more than
             ``global_share`` of the picture and whose source the model sees; w(t) weighs it as the others, else the noisiest estimates,
@@ -139,7 +139,7 @@ class ConsistencyPenalty(LossTerm):
 
     def detail(self, z0_hat: Tensor, edit: Edit, weight: Tensor) -> Tensor:
         """The term of pixels."""
-        asked = weight >= self.cap / 100
+        asked = (weight >= self.cap / 100) & (edit.mask < 1).flatten(1).any(1)
         rows, drawn = self.decoded(z0_hat, asked)
         each = outside(drawn - edit.source[rows], edit.mask[rows], weight[rows])
         return (each * asked[rows]).sum() / len(asked)
