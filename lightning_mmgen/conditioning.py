@@ -60,13 +60,12 @@ class Conditioner(NamedTuple):
         """References through the down blocks, each with its own text (``told``, a row a reference in the order of the markers)."""
         assert self.reference_attention is not None
         side, first = self.reference_attention.size, [sum(map(len, markers[:b])) for b in range(len(markers))]
-        features: dict[int, Tensor] = {}
         nobody = torch.zeros(1, dtype=torch.long)
-        for group in references or [PackedImages(told.tokens.new_zeros(1, 3, side, side), nobody, nobody)]:
-            rows = [first[b] + slot for b, slot in zip(group.sample.tolist(), group.slot.tolist(), strict=True)]
-            z_0 = self.codec.encode(_resized(group.pixels, side))
-            own = told._replace(tokens=told.tokens[rows], mask=told.mask[rows], pooled=None if told.pooled is None else told.pooled[rows])
-            features |= dict(zip(rows, self.unet.down_features(z_0, own, (side, side)), strict=True))  # type: ignore[operator]
+        groups = references or [PackedImages(told.tokens.new_zeros(1, 3, side, side), nobody, nobody)]
+        rows = [first[b] + slot for g in groups for b, slot in zip(g.sample.tolist(), g.slot.tolist(), strict=True)]
+        z_0 = self.codec.encode(torch.cat([_resized(g.pixels, side) for g in groups]))  # one pass: ranks make as many as each other
+        own = told._replace(tokens=told.tokens[rows], mask=told.mask[rows], pooled=None if told.pooled is None else told.pooled[rows])
+        features = dict(zip(rows, self.unet.down_features(z_0, own, (side, side)), strict=True))  # type: ignore[operator]
         blank = next(iter(features.values()))[:1]
         sets = [torch.cat([features[first[b] + k] for k in range(len(marks))] or [blank]) for b, marks in enumerate(markers)]
         counts = torch.tensor([len(s) if marks else 0 for s, marks in zip(sets, markers, strict=True)], device=blank.device)

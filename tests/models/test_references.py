@@ -136,8 +136,13 @@ def test_a_ragged_batch_is_its_samples_one_by_one(parts: Path) -> None:
     module = awake(make(parts, ReferenceAttentionConfig("lowest", size=16, in_prompt=True)))
     shown = [pictures(16, 8), [], pictures(24)]
     z_t, t = torch.randn(3, 4, 8, 8), torch.tensor([999, 500, 1])
+    passes: list[int] = []
     with torch.no_grad():
-        together = module(z_t, t, module.conditioner(*PROMPTS, pack(shown), PHRASES), (16, 16))
+        counter = module.unet.conv_in.register_forward_hook(lambda _, inputs, __: passes.append(len(inputs[0])))
+        condition = module.conditioner(*PROMPTS, pack(shown), PHRASES)
+        counter.remove()
+        assert passes == [3], "one pass, whatever sizes the pictures have: ranks wait for each other's"
+        together = module(z_t, t, condition, (16, 16))
         for b in range(3):
             alone = module.conditioner([PROMPTS[0][b]], [PROMPTS[1][b]], pack([shown[b]]), [PHRASES[b]])
             torch.testing.assert_close(module(z_t[b : b + 1], t[b : b + 1], alone, (16, 16))[0], together[b], rtol=0, atol=1e-5)
