@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jobs import AVERAGE, EXPERIMENTS, MODEL, Job, arguments, claim, fit, interval, shipped, work
+from jobs import AVERAGE, EXPERIMENTS, MODEL, Job, arguments, claim, fit, interval, learning, shipped, work
 from lightning_mmgen.callbacks.answers import exact_match
 from safetensors import safe_open
 from torch import Tensor
@@ -78,7 +78,7 @@ def measure(job: Job) -> Scores:
         callbacks = [AVERAGE]
         if folder := TARGETS[job.name]:
             more.append(f"--data.init_args.targets={Path(job.runs) / folder}")
-            callbacks.append({"class_path": "AttentionAlignment"})
+            callbacks += learning(["lavender.yaml"])
         else:
             more.append(NONE)
             rows = lightning(["-c", str(EXPERIMENTS / "lavender.yaml"), NONE], run=False).model.table.rows
