@@ -78,7 +78,7 @@ def test_raters_go_on_where_they_were_and_the_metric_reads_their_files(run: Path
         first = ask("/")[1]
         assert "Who rates?" in first and "condition which is followed least" in " ".join(first.split())
         page = ask("/?rater=ann")[1]
-        assert "0 of 3 rated by ann" in page and "draw &lt;i&gt;" in page and page.count("<img") == 2
+        assert "checked" not in page and "0 of 3 rated by ann" in page and "draw &lt;i&gt;" in page and page.count("<img") == 2
         assert [rate(ask, "ann", "1", "0.5"), rate(ask, "ann", "0.5", "0")] == ["a/1", "b"]
         assert rate(ask, "bob", "0", "1") == "a/1"
     with served(run) as ask:  # another day
