@@ -3,7 +3,7 @@
     python benchmarks/claims/edit.py [--runs DIR] [--seeds 1 2 3] [--steps 240] [--masked 600] [--count 96] [--jobs 2] [--plot PNG]
 
 Trains ``experiments/edit_instruction.yaml`` at the toybox's size, from the embedded model that edits and never knew a penalty, without it,
-with each of its terms and with all of them, once a seed; for the first seed alone over a sweep of the whole penalty's weight, and drawn in
+with each of its terms and with all of them, and over a sweep of the whole penalty's weight, once a seed; for the first seed alone drawn in
 other ways.
 Edits held-out scenes: local edits, global ones (background, style), and five turns on the model's own pictures. Success stands beside
 drift: a copy of the source drifts least. Then ``experiments/edit_magicbrush.yaml``, which edits inside a mask, from an instruction-tuned
@@ -141,7 +141,7 @@ def row(name: str, runs: list[Scores]) -> str:
 
 
 def plot(found: dict[str, Scores], path: str) -> None:
-    """The trade-off over the penalty's weight, one seed: drift outside the mask against the success of local edits."""
+    """The trade-off over the penalty's weight, means over the seeds: drift outside the mask against the success of local edits."""
     import matplotlib.pyplot as plt  # extra: benchmarks
 
     points = {name: (np.mean(run["drift"]), np.mean(run["local success"])) for name, run in found.items()}
@@ -162,7 +162,7 @@ def plot(found: dict[str, Scores], path: str) -> None:
 
 def edits(args: argparse.Namespace) -> None:
     """The penalty's terms, the sweep and its plot, and the claims about them."""
-    scores = work(args, [[*STARTS, *TERMS]], measure) | work(first_seed(args), [[*SWEEP, *SAMPLERS]], measure)
+    scores = work(args, [[*STARTS, *TERMS, *SWEEP]], measure) | work(first_seed(args), [[*SAMPLERS]], measure)
     found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in (*STARTS, *TERMS, *SWEEP, *SAMPLERS)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 3}}" for c in COLUMNS))
     for name, runs in found.items():
@@ -176,7 +176,7 @@ def edits(args: argparse.Namespace) -> None:
     print(claim("drift outside the mask, share that the penalty takes away", drop, ">=", 0.3))
     print(claim("following that it costs", loss, "<=", 0.02))
     print(claim(f"consistency after {TURNS} turns, with the penalty", full[f"consistency after {TURNS} turns"], ">=", 0.7), flush=True)
-    plot({name: runs[0] for name, runs in found.items() if name in PENALTIES}, args.plot)
+    plot({name: mean[name] for name in PENALTIES}, args.plot)
 
 
 def masked_edits(args: argparse.Namespace) -> None:

@@ -136,18 +136,18 @@ def arguments(runs: str, count: int, *more: argparse.ArgumentParser, steps: int)
 
 
 def work(args: argparse.Namespace, waves: list[list[str]], measure: Callable[[Job], Any]) -> dict[tuple[str, int], Any]:
-    """Scores by run and seed; ``measure`` trains and scores one job. A wave needs those before it; stops at the first that fails."""
+    """Scores by run and seed; ``measure`` trains and scores one job. A wave, of all seeds, needs those before it; stops at the first that
+    fails."""
     threads = max((os.cpu_count() or 1) // args.jobs, 1)
     runs, out = str(Path(args.runs).resolve()), {}
     signal.signal(signal.SIGTERM, _stop)
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for seed in args.seeds:
-            for wave in waves:
-                jobs = [Job(name, seed, runs, args.steps, args.count, threads) for name in wave]
-                missing = [job for job in jobs if not (job.folder / "scores.json").is_file()]
-                for done in as_completed([pool.submit(_do, job, measure) for job in missing]):
-                    done.result()
-                out |= {(job.name, seed): job.scores() for job in jobs}
+        for wave in waves:
+            jobs = [Job(name, seed, runs, args.steps, args.count, threads) for seed in args.seeds for name in wave]
+            missing = [job for job in jobs if not (job.folder / "scores.json").is_file()]
+            for done in as_completed([pool.submit(_do, job, measure) for job in missing]):
+                done.result()
+            out |= {(job.name, job.seed): job.scores() for job in jobs}
     return out
 
 
