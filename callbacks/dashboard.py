@@ -13,6 +13,7 @@ from .loggers import latest_scores
 from .ratings import RatingsEvaluation
 from .scoring import COUNTS
 
+NO_SCORES = "|".join(name.removeprefix("held_out/") for name in ("drift", *COUNTS))
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "training": {
         "loss by term": ["Multiline", ["loss"]],
@@ -21,7 +22,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "gradient norm by row": ["Multiline", ["gradient_norm/"]],
     },
     "held-out instructions": {
-        "scores": ["Multiline", ["held_out/(?!drift)"]],
+        "scores": ["Multiline", [f"held_out/(?!{NO_SCORES})"]],
         "drift: MSE": ["Multiline", ["held_out/drift_mse"]],
         "drift: PSNR, SSIM": ["Multiline", ["held_out/drift_(psnr|ssim)"]],
         "SC by task": ["Multiline", ["ratings/sc/"]],
@@ -32,7 +33,7 @@ LAYOUT: dict[str, dict[str, list[Any]]] = {
         "samples per second": ["Multiline", ["throughput/samples_per_second"]],
         "share of time waiting": ["Multiline", ["throughput/waiting"]],
         "peak memory, GB": ["Multiline", ["throughput/peak_memory_gb"]],
-        "data errors": ["Multiline", ["data/"]],
+        "data errors, bad pictures": ["Multiline", ["data/", "held_out/bad_pictures"]],
     },
 }
 """Charts of TensorBoard's *custom scalars*, by group; each line is a tag that begins with one of the patterns."""

@@ -128,6 +128,8 @@ def test_the_layout_is_written_once_and_its_charts_have_lines(fitted: tuple[Any,
     lines = {title: [t for t in events.Tags()["scalars"] if any(re.match(p, t) for p in tags)] for title, tags in charts.items()}
     assert all(lines.values()) and "drift: MSE" not in charts
     assert set(lines["loss by term"]) == {"loss", "loss/diffusion"}
+    assert lines["scores"] == ["held_out/clip_t"], "on one axis with counts, scores are a flat line"
+    assert "held_out/bad_pictures" in lines["data errors, bad pictures"]
     assert len(lines["learning rate by row"]) == len(lines["gradient norm by row"]) == 4
 
 
