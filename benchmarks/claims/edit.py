@@ -40,13 +40,14 @@ MASKED, INSTRUCTED = (
 )
 TURNS = 5
 STARTS = {"a copy": "toybox/retrieval.ckpt", "before": "toybox/edits.ckpt"}
-TERMS: dict[str, dict[str, float]] = {
+TERMS: dict[str, dict[str, Any]] = {
     "no penalty": {},
     "all": {"spatial": 10.0, "temporal": 10.0, "turns": 10.0, "pixels": 150.0},
     **{name: {name: 20.0} for name in ("spatial", "temporal", "turns")},
     "pixels": {"pixels": 200.0},
+    "identity": {"identity": 1.0, "identity_model": "toybox/dino"},
 }
-SWEEP: dict[str, dict[str, float]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
+SWEEP: dict[str, dict[str, Any]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
 PENALTIES = TERMS | SWEEP
 SAMPLERS: dict[str, dict[str, Any]] = {
     "in 2 steps": {"steps": 2},
@@ -84,7 +85,7 @@ def measure(job: Job) -> Scores | Rated:
     return one_turn(first, drawn) | several_turns(pipeline, sessions, job.seed)
 
 
-def penalised(terms: dict[str, float]) -> list[str]:
+def penalised(terms: dict[str, Any]) -> list[str]:
     """The recipe's callbacks, with these terms of the penalty alone: without the null, what an entry leaves out would be the recipe's."""
     callbacks = [c for c in learning(TOYBOX) if c["class_path"] != "ConsistencyPenalty"]
     callbacks += [{"class_path": "ConsistencyPenalty", "init_args": {"spatial": 0.0, "floor": 0.5} | terms}] if terms else []
@@ -150,7 +151,7 @@ def plot(found: dict[str, Scores], path: str) -> None:
     ax.plot(*zip(*(points[name] for name in sweep), strict=True), "o-", color="#4477aa")
     for name in sweep:
         ax.annotate(name, points[name], textcoords="offset points", xytext=(0, -14), ha="center", fontsize=8)
-    for name in ("spatial", "temporal", "turns", "pixels"):
+    for name in ("spatial", "temporal", "turns", "pixels", "identity"):
         ax.plot(*points[name], "s", label=name)
     ax.set(xlabel="mean squared error outside the mask", ylabel="success of local edits")
     ax.margins(0.15)

@@ -21,7 +21,7 @@ class Features(nn.Module):
     convolutional network. Mean and deviation of the pictures are those of its ``preprocessor_config.json``, else those of CLIP or ImageNet.
 
     Args:
-        pretrained: hub name, folder, or ``toybox/clip``.
+        pretrained: hub name, folder, or ``toybox/clip`` or ``toybox/dino``.
 
     Raises:
         OSError: there is no such model.

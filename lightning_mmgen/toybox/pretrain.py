@@ -1,4 +1,4 @@
-"""What makes the toybox's pretrained parts: LightningModules for its VAE, its decoder and its CLIP; ``pretrain_vlm.py`` has its
+"""What makes the toybox's pretrained parts: LightningModules for its VAE, its decoder, its CLIP and its DINO; ``pretrain_vlm.py`` has its
 vision-language model's.
 
 A real run starts from published weights and needs none of this. Each module writes a plain ``diffusers`` or ``transformers``
@@ -7,6 +7,7 @@ folder when its fit ends; the YAMLs are in ``experiments/toybox/``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,15 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 
 from ..data.images import pixels
 from ..diffusion import guide
 from ..inversion import Way
-from ..models.encoder import clip_normalised
+from ..models.encoder import clip_normalised, imagenet_normalised
 from ..models.unet import denoise
 from ..models.weights import locate
 from ..module import MultimodalDiffusion
@@ -29,7 +31,7 @@ from ..pipeline import MultimodalPipeline, join
 from ..prompt import Record
 from .render import draw
 from .tasks import TASKS
-from .world import random_scene
+from .world import BACKGROUNDS, STYLES, random_scene
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, steps: int, warmup: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -317,3 +319,82 @@ class CLIPPretraining(TextPretraining):
         right = (out.logits_per_image.argmax(1) == torch.arange(len(records))).float().mean()
         self.log_dict({"loss/contrastive": out.loss, "accuracy": right}, prog_bar=True)
         return out.loss
+
+
+class Views(Dataset[Tensor]):
+    """Two views of a scene of the training split, [2, 3, side, side] in [-1, 1]: each in a style and on a ground of its own, each a random
+    crop. Sample i is a pure function of (seed, i).
+
+    Args:
+        crop: the least share of the scene's side that a view shows.
+    """
+
+    def __init__(self, length: int, seed: int, side: int, crop: float) -> None:
+        self.length, self.seed, self.side, self.crop = length, seed, side, crop
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        rng = np.random.default_rng((self.seed, index))
+        scene, views = random_scene(rng), []
+        for _ in range(2):
+            picture, _ = draw(replace(scene, background=str(rng.choice(list(BACKGROUNDS))), style=str(rng.choice(STYLES))))
+            width = round(len(picture) * rng.uniform(self.crop, 1))
+            top, left = rng.integers(0, len(picture) - width + 1, 2)
+            views.append(pixels(Image.fromarray(picture[top : top + width, left : left + width]), self.side))
+        return torch.stack(views)
+
+
+class DINOPretraining(Pretraining):
+    """A small ``Dinov2Model`` whose class token tells toys on any ground and in any style: by contrast of :class:`Views` (SimCLR, Chen et
+    al. 2020, equation 1) and not by DINO's self-distillation, which takes longer to begin.
+
+    Args:
+        vision: of ``Dinov2Config``.
+        width: of the head's output, which is not saved.
+    """
+
+    def __init__(
+        self,
+        out: str,
+        vision: dict[str, int],
+        width: int = 64,
+        temperature: float = 0.1,
+        crop: float = 0.8,
+        lr: float = 1e-3,
+        batch_size: int = 64,
+        warmup: int = 100,
+        seed: int = 0,
+        ema: float = 0.99,
+    ) -> None:
+        super().__init__(out, lr, batch_size, warmup, seed, ema)
+        from transformers import Dinov2Config, Dinov2Model
+
+        self.temperature, self.crop = temperature, crop
+        self.net = Dinov2Model(Dinov2Config(**vision))
+        self.head = nn.Sequential(nn.Linear(vision["hidden_size"], 128), nn.GELU(), nn.Linear(128, width))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        views = Views(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.net.config.image_size, self.crop)
+        return DataLoader(views, self.batch_size)
+
+    def training_step(self, views: Tensor, batch_idx: int) -> Tensor:
+        pictures = imagenet_normalised(views.transpose(0, 1).flatten(0, 1))
+        loss, accuracy = contrast(self.head(self.net(pixel_values=pictures).last_hidden_state[:, 0]), self.temperature)
+        self.log_dict({"loss/contrastive": loss, "accuracy": accuracy}, prog_bar=True)
+        return loss
+
+
+def contrast(features: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """NT-Xent of SimCLR: to name a view's other view among all other views.
+
+    Args:
+        features: [2n, d], first views before second ones.
+
+    Returns: the loss, and how often the other view is the nearest.
+    """
+    unit, n = F.normalize(features, dim=1), len(features) // 2
+    logits = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
+    other = torch.arange(2 * n, device=features.device).roll(n)
+    return F.cross_entropy(logits, other), (logits.argmax(1) == other).float().mean()
