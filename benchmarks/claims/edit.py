@@ -45,8 +45,9 @@ TERMS: dict[str, dict[str, Any]] = {
     "all": {"spatial": 10.0, "temporal": 10.0, "turns": 10.0, "pixels": 150.0},
     **{name: {name: 20.0} for name in ("spatial", "temporal", "turns")},
     "pixels": {"pixels": 200.0},
-    "identity": {"identity": 1.0, "identity_model": "toybox/dino"},
+    "identity": {"identity": 5.0, "identity_model": "toybox/dino"},
 }
+TERMS["all, identity"] = TERMS["all"] | TERMS["identity"]
 SWEEP: dict[str, dict[str, Any]] = {f"all x {weight:g}": {"weight": weight, **TERMS["all"]} for weight in (0.1, 0.3, 3.0)}
 PENALTIES = TERMS | SWEEP
 SAMPLERS: dict[str, dict[str, Any]] = {
