@@ -15,7 +15,6 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
@@ -29,8 +28,8 @@ from ..models.weights import locate
 from ..module import MultimodalDiffusion
 from ..pipeline import MultimodalPipeline, join
 from ..prompt import Record
-from .render import draw
 from .tasks import TASKS
+from .truth import picture
 from .world import BACKGROUNDS, STYLES, random_scene
 
 
@@ -49,8 +48,7 @@ class Pictures(Dataset[Tensor]):
         return self.length
 
     def __getitem__(self, index: int) -> Tensor:
-        picture, _ = draw(random_scene(np.random.default_rng((self.seed, index))))
-        return torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
+        return pixels(picture(random_scene(np.random.default_rng((self.seed, index)))))
 
 
 class Pretraining(L.LightningModule):
@@ -82,8 +80,13 @@ class Pretraining(L.LightningModule):
     def finish(self) -> None:
         """What is left to do to the averaged weights before they are saved."""
 
+    @property
+    def samples(self) -> int:
+        """Of the whole fit."""
+        return self.batch_size * max(self.trainer.max_steps, 1)
+
     def pictures(self) -> Pictures:
-        return Pictures(self.batch_size * max(self.trainer.max_steps, 1), self.seed)
+        return Pictures(self.samples, self.seed)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(self.pictures(), self.batch_size)
@@ -184,7 +187,7 @@ class RecordPretraining(Pretraining):
         return batch
 
     def train_dataloader(self) -> DataLoader[Any]:
-        records = Records(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.tasks)
+        records = Records(self.samples, self.seed, self.tasks)
         return DataLoader(records, self.batch_size, collate_fn=list)
 
 
@@ -321,7 +324,7 @@ class CLIPPretraining(TextPretraining):
         return out.loss
 
 
-class Views(Dataset[Tensor]):
+class Views(Pictures):
     """Two views of a scene of the training split, [2, 3, side, side] in [-1, 1]: each in a style and on a ground of its own, each a random
     crop. Sample i is a pure function of (seed, i).
 
@@ -330,19 +333,17 @@ class Views(Dataset[Tensor]):
     """
 
     def __init__(self, length: int, seed: int, side: int, crop: float) -> None:
-        self.length, self.seed, self.side, self.crop = length, seed, side, crop
-
-    def __len__(self) -> int:
-        return self.length
+        super().__init__(length, seed)
+        self.side, self.crop = side, crop
 
     def __getitem__(self, index: int) -> Tensor:
         rng = np.random.default_rng((self.seed, index))
         scene, views = random_scene(rng), []
         for _ in range(2):
-            picture, _ = draw(replace(scene, background=str(rng.choice(list(BACKGROUNDS))), style=str(rng.choice(STYLES))))
-            width = round(len(picture) * rng.uniform(self.crop, 1))
-            top, left = rng.integers(0, len(picture) - width + 1, 2)
-            views.append(pixels(Image.fromarray(picture[top : top + width, left : left + width]), self.side))
+            shown = picture(replace(scene, background=str(rng.choice(list(BACKGROUNDS))), style=str(rng.choice(STYLES))))
+            width = round(shown.width * rng.uniform(self.crop, 1))
+            top, left = rng.integers(0, shown.width - width + 1, 2)
+            views.append(pixels(shown.crop((left, top, left + width, top + width)), self.side))
         return torch.stack(views)
 
 
@@ -375,9 +376,8 @@ class DINOPretraining(Pretraining):
         self.net = Dinov2Model(Dinov2Config(**vision))
         self.head = nn.Sequential(nn.Linear(vision["hidden_size"], 128), nn.GELU(), nn.Linear(128, width))
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        views = Views(self.batch_size * max(self.trainer.max_steps, 1), self.seed, self.net.config.image_size, self.crop)
-        return DataLoader(views, self.batch_size)
+    def pictures(self) -> Views:
+        return Views(self.samples, self.seed, self.net.config.image_size, self.crop)
 
     def training_step(self, views: Tensor, batch_idx: int) -> Tensor:
         pictures = imagenet_normalised(views.transpose(0, 1).flatten(0, 1))

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
+from lightning_mmgen.data.images import pixels
 from lightning_mmgen.models.dino import Dino
 from lightning_mmgen.toybox.pretrain import Views, contrast
-from lightning_mmgen.toybox.render import draw
-from lightning_mmgen.toybox.world import BACKGROUNDS, STYLES, Scene, random_scene, random_toy
+from lightning_mmgen.toybox.truth import picture
+from lightning_mmgen.toybox.world import BACKGROUNDS, STYLES, random_scene, random_toy
 
 
 def test_views_are_those_of_one_scene_and_the_same_each_time() -> None:
@@ -38,10 +38,6 @@ def test_contrast_is_the_plain_cross_entropy_over_all_other_views() -> None:
     assert float(contrast(same, 0.01)[0]) < 1e-6 and float(contrast(same, 0.01)[1]) == 1
 
 
-def shown(scene: Scene) -> Tensor:
-    return torch.from_numpy(draw(scene)[0]).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def test_the_embedded_one_knows_toys_again_on_other_grounds_and_in_other_styles() -> None:
     """The identity term's case: an edit of all of the picture keeps its toys, or puts another in place of one."""
     rng, model = np.random.default_rng(0), Dino.from_pretrained("toybox/dino")
@@ -52,7 +48,8 @@ def test_the_embedded_one_knows_toys_again_on_other_grounds_and_in_other_styles(
         edit = replace(scene, style=style) if rng.random() < 0.5 else replace(scene, background=str(rng.choice(list(BACKGROUNDS))))
         first = scene.toys[0]
         swapped = replace(first, toy=random_toy(rng, avoid=(scene.background,)))
-        sources.append(shown(scene)), edits.append(shown(edit)), others.append(shown(replace(edit, toys=(swapped, *scene.toys[1:]))))
+        for scenes, one in ((sources, scene), (edits, edit), (others, replace(edit, toys=(swapped, *scene.toys[1:])))):
+            scenes.append(pixels(picture(one)))
     with torch.no_grad():
         source, edit, other = (normalize(model.cls(torch.stack(x)), dim=1) for x in (sources, edits, others))
     assert ((source * edit).sum(1) > (source * other).sum(1)).float().mean() > 0.95
