@@ -137,9 +137,9 @@ COLUMNS = ("following", "local success", "global success", "consistency", "drift
 COLUMNS += (f"consistency after {TURNS} turns",)
 
 
-def row(name: str, runs: list[Scores]) -> str:
-    """Means over the seeds."""
-    return f"{name:<16}" + "".join(f"{np.mean([np.mean(run[c]) for run in runs]):>{len(c) + 4}.5f}" for c in COLUMNS)
+def row(name: str, means: Scores) -> str:
+    """Means over the seeds, of their means."""
+    return f"{name:<16}" + "".join(f"{np.mean(means[c]):>{len(c) + 4}.5f}" for c in COLUMNS)
 
 
 def plot(found: dict[str, Scores], path: str) -> None:
@@ -167,9 +167,9 @@ def edits(args: argparse.Namespace) -> None:
     scores = work(args, [[*STARTS, *TERMS, *SWEEP]], measure) | work(first_seed(args), [[*SAMPLERS]], measure)
     found = {name: [scores[name, s] for s in args.seeds if (name, s) in scores] for name in (*STARTS, *TERMS, *SWEEP, *SAMPLERS)}
     print("\n" + " " * 16 + "".join(f"{c:>{len(c) + 4}}" for c in COLUMNS))
-    for name, runs in found.items():
-        print(row(name, runs))
     mean = {name: {c: [float(np.mean(run[c])) for run in runs] for c in COLUMNS} for name, runs in found.items()}
+    for name, means in mean.items():
+        print(row(name, means))
     full, none = mean["all"], mean["no penalty"]
     drops = {
         name: [1 - a / b for a, b in zip(mean[name]["drift"], none["drift"], strict=True)] for name, terms in PENALTIES.items() if terms
